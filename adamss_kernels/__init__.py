@@ -1,0 +1,22 @@
+"""Fused kernels for AdaMSS fine-tuning; see the README for the formula and the two ways to use it."""
+
+from .checkpoint import BaseWeightWarning, load_adapter, save_adapter
+from .config import AdaMSSConfig
+from .functional import adamss_linear
+from .layout import SubspaceLayout
+from .linear import FusedAdaMSSLinear
+from .model import inject_adamss
+from .ops import available_backends
+
+__all__ = [
+    "AdaMSSConfig",
+    "BaseWeightWarning",
+    "FusedAdaMSSLinear",
+    "SubspaceLayout",
+    "adamss_linear",
+    "available_backends",
+    "inject_adamss",
+    "load_adapter",
+    "save_adapter",
+]
+__version__ = "0.1.0"

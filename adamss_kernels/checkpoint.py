@@ -1,0 +1,316 @@
+"""`save_adapter` and `load_adapter`: an adapter as one safetensors file, with a JSON copy of its header.
+
+The safetensors header carries everything that the loader reads, so that one atomic rename commits a checkpoint;
+`adapter.json` beside it is for people and other tools.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import AdaMSSConfig
+from .decompose import Decomposition, decompose
+from .layout import SubspaceLayout
+from .linear import FusedAdaMSSLinear
+from .model import adamss_layers, modules_to_save, replace_modules
+from .sketch import relative_difference, sketch
+
+TENSORS_FILE = "adapter.safetensors"
+HEADER_FILE = "adapter.json"
+FORMAT_VERSION = 1
+
+SAME_BASE = 1e-6
+"""Relative difference up to which a base weight counts as the one that was trained on."""
+ROUNDED_BASE = 0.05
+"""Relative difference up to which a base weight counts as a rounding of the one that was trained on."""
+SAME_BASIS = 1e-4
+"""Relative difference, and so relative error of the update, up to which a rebuilt basis counts as the trained one."""
+
+
+class BaseWeightWarning(UserWarning):
+    """An adapter was loaded onto a base weight that is not exactly the one it was trained on."""
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, compact: bool = False) -> Path:
+    """Save what training has made of `model`: B, C, masks, row map and basis of each layer, and `modules_to_save`.
+
+    A sketch of each base weight goes with them, by which `load_adapter` recognises the base. The files are replaced
+    atomically: whatever happens meanwhile, the directory holds a complete checkpoint, the old one or the new one.
+
+    Args:
+        model: A model that `inject_adamss` or `load_adapter` has adapted, merged or not; DDP and `torch.compile`
+            wrappers are looked through.
+        directory: Created where missing.
+        compact: Leave out the basis, nearly all of the file, and rebuild it on load from the base weight; such a file
+            is bound to exactly that base weight.
+
+    Returns:
+        The path of the safetensors file.
+
+    Raises:
+        ValueError: `model` has no AdaMSS layer.
+    """
+    from safetensors.torch import save_file
+
+    model = _unwrap(model)
+    layers = adamss_layers(model)
+    if not layers:
+        raise ValueError("model: has no FusedAdaMSSLinear; adapt it with inject_adamss first")
+    config = next(iter(layers.values())).config
+
+    header: dict[str, Any] = {
+        "format": "adamss_kernels",
+        "format_version": FORMAT_VERSION,
+        "compact": compact,
+        "config": config.to_dict(),
+        "layers": {},
+        "modules_to_save": [],
+    }
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        header["layers"][name] = {
+            "out_features": layer.out_features,
+            "in_features": layer.in_features,
+            "bias": layer.bias is not None,
+            "base_dtype": str(layer.weight.dtype).removeprefix("torch."),
+            "r": layer.basis.shape[0],
+            "ranks": list(layer.layout.ranks),
+        }
+        stored: dict[str, Tensor | None] = {key: getattr(layer, key) for key in _STORED}
+        stored["base_sketch"] = sketch(_augmented(*layer.base_parameters()))
+        if compact:
+            stored["basis_sketch"] = sketch(_augmented(layer.basis, layer.basis_bias))
+            stored["basis"] = stored["basis_bias"] = None
+        tensors |= {f"layers.{name}.{key}": t for key, t in stored.items() if t is not None}
+    for name, module in modules_to_save(model, config).items():
+        header["modules_to_save"].append(name)
+        tensors |= {f"modules.{name}.{key}": t for key, t in module.state_dict().items()}
+
+    # Copies: safetensors refuses tensors that share memory.
+    tensors = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
+    text = json.dumps(header, indent=2)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    _replace_file(directory / HEADER_FILE, lambda path: path.write_text(text + "\n"))
+    metadata = {"adamss_kernels": text}
+    _replace_file(directory / TENSORS_FILE, lambda path: save_file(tensors, path, metadata=metadata))
+    return directory / TENSORS_FILE
+
+
+def load_adapter(model: nn.Module, directory: str | os.PathLike[str], *, strict: bool = True) -> nn.Module:
+    """Load what `save_adapter` wrote onto `model`, adapting it in place; create the optimizer afterwards.
+
+    The trained update is reproduced exactly, whatever the base: basis, row map, ranks and masks come from the file.
+    Nothing is changed unless everything fits.
+
+    Args:
+        model: The base model, or one that is already adapted (its AdaMSS layers are replaced).
+        directory: Where `save_adapter` wrote.
+        strict: Refuse a base weight that differs by more than 5 % from the one trained on; False only warns.
+
+    Returns:
+        `model` itself, trainable where `inject_adamss` would leave it trainable.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint in `directory`.
+        ValueError: The file is truncated, of another format or version, lacks a tensor or has one of a wrong shape;
+            or a base weight, or a rebuilt compact basis, is not the one trained on. The message names the layer.
+
+    Warns:
+        BaseWeightWarning: A base weight differs from the one trained on; the message says by how much.
+    """
+    root = _unwrap(model)
+    path = Path(directory) / TENSORS_FILE
+    checkpoint = _read(path)
+    extra = adamss_layers(root).keys() - checkpoint.header["layers"].keys()
+    if extra:
+        raise ValueError(f"{path}: has no layer {min(extra)!r}, which is adapted in this model")
+
+    layers = {name: _load_layer(root, name, checkpoint, strict) for name in checkpoint.header["layers"]}
+    saved = {name: _loaded_module(root, name, checkpoint) for name in checkpoint.header["modules_to_save"]}
+    unused = checkpoint.tensors.keys() - checkpoint.used
+    if unused:
+        raise ValueError(f"{path}: has a tensor {min(unused)!r} that its header does not announce")
+
+    for name, state in saved.items():
+        root.get_submodule(name).load_state_dict(state)
+    replace_modules(root, layers, [root.get_submodule(name) for name in saved])
+    return model
+
+
+_STORED = ("basis", "basis_bias", "B", "C", "row_subspace", "ranks", "active", "trainable")
+
+
+class _Checkpoint:
+    """The contents of a checkpoint file; `take` hands out tensors and complains by name."""
+
+    def __init__(self, path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        self.path, self.header, self.tensors = path, header, tensors
+        self.config = AdaMSSConfig(**header["config"])
+        self.used: set[str] = set()
+
+    def take(self, key: str, shape: tuple[int, ...]) -> Tensor:
+        if key not in self.tensors:
+            raise ValueError(f"{self.path}: tensor {key!r} is missing")
+        tensor = self.tensors[key]
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{self.path}: tensor {key!r} has shape {tuple(tensor.shape)}, expected {shape}")
+        self.used.add(key)
+        return tensor
+
+
+def _read(path: Path) -> _Checkpoint:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected a checkpoint written by save_adapter")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a complete safetensors file ({error})") from error
+    if "adamss_kernels" not in metadata:
+        raise ValueError(f"{path}: a safetensors file, but not written by save_adapter")
+    header = json.loads(metadata["adamss_kernels"])
+    if header["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"{path}: format version {header['format_version']}, this release reads {FORMAT_VERSION}")
+    return _Checkpoint(path, header, tensors)
+
+
+def _load_layer(model: nn.Module, name: str, checkpoint: _Checkpoint, strict: bool) -> FusedAdaMSSLinear:
+    """Build the layer that replaces module `name`, after checking everything that it is built from."""
+    info = checkpoint.header["layers"][name]
+    module = _find(model, name, checkpoint.path)
+    N, D, R = info["out_features"], info["in_features"], info["r"]
+    if type(module) is nn.Linear:
+        weight, bias = module.weight, module.bias
+    elif isinstance(module, FusedAdaMSSLinear):
+        weight, bias = module.base_parameters()
+        weight = nn.Parameter(weight.to(module.weight.device), requires_grad=False)
+        bias = None if bias is None else nn.Parameter(bias.to(weight.device), requires_grad=False)
+    else:
+        raise ValueError(f"{name}: expected an nn.Linear or FusedAdaMSSLinear, got {type(module).__qualname__}")
+    if tuple(weight.shape) != (N, D) or (bias is not None) != info["bias"]:
+        expected, got = (
+            f"{shape} {'with' if b else 'without'} bias"
+            for shape, b in (((N, D), info["bias"]), (tuple(weight.shape), bias is not None))
+        )
+        raise ValueError(f"{name}: the adapter was trained on a weight of shape {expected}, got {got}")
+
+    _check_base(name, sketch(_augmented(weight, bias)), checkpoint.take(f"layers.{name}.base_sketch", (8, 8)), strict)
+
+    ranks = tuple(info["ranks"])
+    rho, K = sum(ranks), len(ranks)
+    shapes = {"B": (rho, R), "C": (N, max(ranks)), "row_subspace": (N,), "ranks": (K,)}
+    shapes |= {"active": (K,), "trainable": (K,)}
+    if checkpoint.header["compact"]:
+        stored = checkpoint.take(f"layers.{name}.basis_sketch", (8, 8))
+        basis, basis_bias = _rebuilt_basis(name, weight, bias, checkpoint.config, stored)
+    else:
+        basis = checkpoint.take(f"layers.{name}.basis", (R, D))
+        basis_bias = checkpoint.take(f"layers.{name}.basis_bias", (R,)) if info["bias"] else None
+    t = {key: checkpoint.take(f"layers.{name}.{key}", shape).to(weight.device) for key, shape in shapes.items()}
+    try:
+        layout = SubspaceLayout(t["row_subspace"], ranks)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{checkpoint.path}: layer {name!r}: {error}") from error
+
+    basis_bias = None if basis_bias is None else basis_bias.to(weight.device)
+    decomposition = Decomposition(basis.to(weight.device), basis_bias, layout, t["B"], t["C"])
+    layer = FusedAdaMSSLinear(weight, bias, decomposition, checkpoint.config)
+    layer.active.copy_(t["active"])
+    layer.trainable.copy_(t["trainable"])
+    return layer.train(module.training)
+
+
+def _check_base(name: str, found: Tensor, expected: Tensor, strict: bool) -> None:
+    difference = relative_difference(found, expected)
+    if difference <= SAME_BASE:
+        return
+    if difference <= ROUNDED_BASE:
+        message = f"{name}: the base weight differs from the one trained on by {difference:.2g} (relative, estimated)"
+        warnings.warn(f"{message}, as by rounding; the trained update is applied exactly", BaseWeightWarning, 4)
+        return
+    message = (
+        f"{name}: the base weight differs from the one trained on by {difference:.2g} (relative, estimated; "
+        f"rounding stays below {ROUNDED_BASE}); is this another model or layer?"
+    )
+    if strict:
+        raise ValueError(f"{message} strict=False loads it all the same")
+    warnings.warn(message, BaseWeightWarning, 4)
+
+
+def _rebuilt_basis(
+    name: str, weight: Tensor, bias: Tensor | None, config: AdaMSSConfig, expected: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    basis, basis_bias, *_ = decompose(weight, bias, config, name=name)
+    difference = relative_difference(sketch(_augmented(basis, basis_bias)), expected)
+    if not difference <= SAME_BASIS:
+        raise ValueError(
+            f"{name}: the basis rebuilt from this base weight differs from the trained one by {difference:.2g} "
+            f"(relative, estimated; allowed {SAME_BASIS}); a compact adapter needs exactly the base it was trained on"
+        )
+    return basis, basis_bias
+
+
+def _loaded_module(model: nn.Module, name: str, checkpoint: _Checkpoint) -> dict[str, Tensor]:
+    """Return the state dict for module `name` out of `modules_to_save`, checked against the module."""
+    state = _find(model, name, checkpoint.path).state_dict()
+    return {key: checkpoint.take(f"modules.{name}.{key}", tuple(tensor.shape)) for key, tensor in state.items()}
+
+
+def _find(model: nn.Module, name: str, path: Path) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise ValueError(f"{path}: was saved with a module {name!r}, which this model does not have") from None
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """Look through DDP (`module`) and `torch.compile` (`_orig_mod`), whose prefixes are not part of layer names."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def _augmented(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return [weight | bias], the matrix that is decomposed."""
+    return weight.detach() if bias is None else torch.cat((weight.detach(), bias.detach()[:, None]), dim=1)
+
+
+def _replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file so that `path` holds either its old or its complete new content, also after a power cut."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    os.close(handle)
+    try:
+        write(Path(temporary))
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        # mkstemp makes files private; a checkpoint is as readable as other files here.
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

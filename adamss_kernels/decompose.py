@@ -1,0 +1,147 @@
+"""SVD and clustering of a frozen weight: where basis, layout, B and C come from."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .config import AdaMSSConfig
+from .layout import SubspaceLayout
+
+logger = logging.getLogger(__name__)
+
+# PEFT's constants: the row assignment of its checkpoints is rebuilt from them, so they can never change.
+_KMEANS = {"init": "random", "n_init": 1, "max_iter": 10, "random_state": 123456789}
+
+
+class Decomposition(NamedTuple):
+    """Everything that AdaMSS derives from one frozen weight.
+
+    Attributes:
+        basis: A (R, D), dtype of the weight.
+        basis_bias: a (R,), dtype of the weight; None without a bias.
+        layout: Row assignment and ranks, on the weight's device.
+        B: (RHO, R), orthonormal rows within each subspace; float32 for 16-bit weights, else the weight's dtype.
+        C: (N, r_max), dtype of B.
+    """
+
+    basis: Tensor
+    basis_bias: Tensor | None
+    layout: SubspaceLayout
+    B: Tensor
+    C: Tensor
+
+
+def decompose(weight: Tensor, bias: Tensor | None, config: AdaMSSConfig, *, name: str = "weight") -> Decomposition:
+    """Initialise AdaMSS for one layer: randomised SVD, KMeans on the left factor's rows, per-subspace directions.
+
+    The basis and the row assignment equal installed PEFT's bit for bit on the same machine. The result depends on the
+    arguments alone: the global random state is neither read nor changed.
+
+    Args:
+        weight: W (N, D), any floating dtype.
+        bias: (N,) or None.
+        config: Uses r, num_subspaces, subspace_rank, use_dynamic_rank, svd_threshold, init_weights, random_seed.
+        name: What messages call this weight.
+
+    Raises:
+        ValueError: The weight is not a floating (N, D) matrix with N, D >= 1, or has a value that is not finite.
+    """
+    if weight.dim() != 2 or weight.numel() == 0 or not weight.is_floating_point():
+        raise ValueError(f"{name}: expected a floating-point matrix (N, D), got {weight.dtype} {tuple(weight.shape)}")
+    param_dtype = torch.promote_types(weight.dtype, torch.float32)
+    if weight.is_meta:
+        return _shapes_only(weight, bias, config, param_dtype)
+
+    augmented = weight.detach() if bias is None else torch.cat((weight.detach(), bias.detach()[:, None]), dim=1)
+    augmented = augmented.to(torch.float32)
+    if not torch.isfinite(augmented).all():
+        raise ValueError(f"{name}: expected finite values, found NaN or infinity in the weight or bias")
+
+    U, A = _truncated_svd(augmented, config.r, config.random_seed)
+    row_subspace = _cluster_rows(U, config.num_subspaces, name).to(weight.device)
+    R = A.shape[0]
+    if config.subspace_rank > R:
+        message = f"{name}: subspace_rank={config.subspace_rank} exceeds the rank of the basis and is clamped to {R}"
+        warnings.warn(message, stacklevel=2)
+
+    directions, ranks = [], []
+    for k in range(int(row_subspace.max()) + 1):
+        B_k = _subspace_directions(U[row_subspace == k], config)
+        directions.append(B_k)
+        ranks.append(B_k.shape[0])
+    layout = SubspaceLayout(row_subspace, tuple(ranks))
+
+    B = torch.cat(directions).to(param_dtype)
+    C = torch.zeros(layout.num_rows, layout.r_max, dtype=param_dtype, device=weight.device)
+    if config.init_weights is None:
+        generator = torch.Generator().manual_seed(config.random_seed)
+        noise = torch.randn(C.shape, generator=generator, dtype=torch.float32) * 0.01
+        structural = torch.arange(layout.r_max) >= torch.tensor(ranks)[row_subspace.cpu().long()][:, None]
+        C.copy_(noise.masked_fill(structural, 0.0))
+
+    basis = A if bias is None else A[:, :-1]
+    basis_bias = None if bias is None else A[:, -1].to(weight.dtype).contiguous()
+    return Decomposition(basis.to(weight.dtype).contiguous(), basis_bias, layout, B, C)
+
+
+def _truncated_svd(matrix: Tensor, R: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return U (N, R) and A = V^T (R, D~), drawing the random projection from `seed` under a forked RNG."""
+    device = matrix.device
+    fork = {"devices": []} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
+    with torch.random.fork_rng(**fork):
+        torch.manual_seed(seed)
+        U, _, V = torch.svd_lowrank(matrix, q=min(R, *matrix.shape), niter=2)
+    return U.contiguous(), V.T.contiguous()
+
+
+def _cluster_rows(U: Tensor, num_subspaces: int, name: str) -> Tensor:
+    """Return (N,) int32 on the CPU: the KMeans cluster of each row of U, empty clusters dropped."""
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+
+    K = min(num_subspaces, U.shape[0])
+    with warnings.catch_warnings():
+        # Fewer distinct rows than clusters: said below in our own words.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        labels = KMeans(n_clusters=K, **_KMEANS).fit_predict(U.cpu().numpy())
+    used, row_subspace = torch.from_numpy(labels).long().unique(return_inverse=True)
+    if len(used) < num_subspaces:
+        logger.info("%s: %d subspaces instead of %d (rows or distinct rows are fewer)", name, len(used), num_subspaces)
+    return row_subspace.to(torch.int32)
+
+
+def _subspace_directions(U_k: Tensor, config: AdaMSSConfig) -> Tensor:
+    """Return B_k (r_k, R): the leading right singular vectors of U_k (n_k, R), each with its largest entry positive.
+
+    They span what PEFT takes from the (n_k, n_k) Gram matrix U_k U_k^T, whose singular values are theirs squared.
+    """
+    _, sigma, Vh = torch.linalg.svd(U_k, full_matrices=False)
+    r_k = min(config.subspace_rank, Vh.shape[0])
+    if config.use_dynamic_rank:
+        significant = int((sigma.square() > config.svd_threshold * sigma[0].square()).sum())
+        r_k = max(1, min(r_k, significant))
+    B_k = Vh[:r_k]
+    largest = B_k.gather(1, B_k.abs().argmax(dim=1, keepdim=True))
+    return B_k * torch.where(largest < 0, -1.0, 1.0)
+
+
+def _shapes_only(weight: Tensor, bias: Tensor | None, config: AdaMSSConfig, param_dtype: torch.dtype) -> Decomposition:
+    """Decomposition of a weight on `meta`: shapes as if no subspace were smaller than its rank."""
+    if config.use_dynamic_rank:
+        raise ValueError("use_dynamic_rank=True needs the weight's values, which a meta tensor does not have")
+    N, D = weight.shape
+    R = min(config.r, N, D + (bias is not None))
+    ranks = (min(config.subspace_rank, R),) * min(config.num_subspaces, N)
+    layout = SubspaceLayout(torch.empty(N, dtype=torch.int32, device="meta"), ranks)
+    return Decomposition(
+        weight.new_empty(R, D),
+        None if bias is None else weight.new_empty(R),
+        layout,
+        weight.new_empty(layout.rho, R, dtype=param_dtype),
+        weight.new_empty(N, layout.r_max, dtype=param_dtype),
+    )

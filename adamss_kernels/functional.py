@@ -1,0 +1,178 @@
+"""`adamss_linear`: validate, cast under autocast, differentiate; the arithmetic is the operators' in `ops.py`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .config import SAVE_FOR_BACKWARD
+from .layout import SubspaceLayout
+from .ops import linear_backward, linear_forward
+
+
+def adamss_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    basis: Tensor,
+    basis_bias: Tensor | None,
+    B: Tensor,
+    C: Tensor,
+    layout: SubspaceLayout,
+    *,
+    active: Tensor | None = None,
+    trainable: Tensor | None = None,
+    save_for_backward: str = "auto",
+    backend: str = "auto",
+) -> Tensor:
+    """Apply a frozen linear layer plus its masked block-diagonal AdaMSS update.
+
+    y[m, i] = x[m] . W[i] + bias[i] + sum_{j < r_k(i)} S[m, off_k(i) + j] C[i, j], with S = (x A^T + a) B^T.
+
+    Differentiable once in x, B, C, and in weight and bias where they require grad. basis and basis_bias are frozen.
+    B and C may have a wider dtype than x (float32 parameters over a bfloat16 layer); their gradients come back in
+    their own dtype.
+
+    Args:
+        x: (..., D).
+        weight: W (N, D), dtype of x (under autocast, any dtype that autocast casts).
+        bias: (N,) or None.
+        basis: A (R, D), any floating dtype.
+        basis_bias: a (R,) or None, any floating dtype.
+        B: (RHO, R).
+        C: (N, r_max); entries beyond a row's rank are ignored and get zero gradient.
+        layout: Row assignment and ranks.
+        active: (K,) bool, subspaces that contribute; None for all. Changing its values neither recompiles nor
+            synchronises.
+        trainable: (K,) bool, subspaces whose B and C get gradients; None for all.
+        save_for_backward: Keep P = x A^T + a ("projection", R values a token) or x ("input", D values a token, usually
+            alive anyway) until backward; "auto" keeps P when R <= N / 16 and R < D.
+        backend: "auto" or the name of a backend; see `available_backends`.
+
+    Returns:
+        y (..., N), of the dtype that `torch.nn.functional.linear` would return.
+
+    Raises:
+        TypeError: An argument is not a floating-point tensor, or dtypes do not agree.
+        ValueError: A shape or an option does not fit; the message names argument, expectation and value.
+        RuntimeError: The backend asked for cannot run here.
+    """
+    _check_shapes(x, weight, bias, basis, basis_bias, B, C, layout, active, trainable)
+    if save_for_backward not in SAVE_FOR_BACKWARD:
+        raise ValueError(f"save_for_backward: expected one of {SAVE_FOR_BACKWARD}, got {save_for_backward!r}")
+
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        # As autocast does: float64 is left alone.
+        x, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, weight, bias))
+    for name, tensor in (("x", x), ("bias", bias)):
+        if tensor is not None and tensor.dtype != weight.dtype:
+            raise TypeError(f"{name}: expected the dtype of weight, {weight.dtype}, got {tensor.dtype}")
+
+    tokens = x.reshape(-1, weight.shape[1])
+    operands = (tokens, weight, bias, basis, basis_bias, B, C, layout.row_subspace, layout.offsets, active)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, B, C)):
+        y = _AdaMSSLinear.apply(*operands, trainable, save_for_backward, backend)
+    else:
+        y, _, _ = linear_forward(*operands, False, False, backend)
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+class _AdaMSSLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def, override]
+        ctx,
+        x,
+        weight,
+        bias,
+        basis,
+        basis_bias,
+        B,
+        C,
+        row_subspace,
+        offsets,
+        active,
+        trainable,
+        save_for_backward,
+        backend,
+    ):
+        _, need_dweight, _, _, _, need_dB, need_dC, *_ = ctx.needs_input_grad
+        keep_P = need_dB and not need_dweight and _keeps_projection(save_for_backward, weight, basis)
+        keep_x = need_dweight or (need_dB and not keep_P)
+        y, S, P = linear_forward(
+            x, weight, bias, basis, basis_bias, B, C, row_subspace, offsets, active, need_dC, keep_P, backend
+        )
+        ctx.backend = backend
+        ctx.save_for_backward(
+            x if keep_x else None,
+            S if need_dC else None,
+            P if keep_P else None,
+            weight,
+            basis,
+            basis_bias,
+            B,
+            C,
+            row_subspace,
+            offsets,
+            active,
+            trainable,
+        )
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):  # type: ignore[no-untyped-def, override]
+        need_dx, need_dweight, need_dbias, _, _, need_dB, need_dC, *_ = ctx.needs_input_grad
+        needs = [need_dx, need_dweight, need_dbias, need_dB, need_dC]
+        grads = linear_backward(dy, *ctx.saved_tensors, needs, ctx.backend)
+        dx, dweight, dbias, dB, dC = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+        return dx, dweight, dbias, None, None, dB, dC, None, None, None, None, None, None
+
+
+def _keeps_projection(save_for_backward: str, weight: Tensor, basis: Tensor) -> bool:
+    """Whether P is kept for backward; with "auto", where it costs under 1/16 of the base GEMM and is smaller than x."""
+    if save_for_backward == "auto":
+        R, (N, D) = basis.shape[0], weight.shape
+        return 16 * R <= N and R < D
+    return save_for_backward == "projection"
+
+
+def _check_shapes(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    basis: Tensor,
+    basis_bias: Tensor | None,
+    B: Tensor,
+    C: Tensor,
+    layout: SubspaceLayout,
+    active: Tensor | None,
+    trainable: Tensor | None,
+) -> None:
+    N, K, rho, r_max = layout.num_rows, layout.num_subspaces, layout.rho, layout.r_max
+    if weight.dim() != 2 or weight.shape[0] != N:
+        raise ValueError(f"weight: expected shape ({N}, D) for a layout of {N} rows, got {tuple(weight.shape)}")
+    D = weight.shape[1]
+    if basis.dim() != 2 or basis.shape[1] != D:
+        raise ValueError(f"basis: expected shape (R, {D}), got {tuple(basis.shape)}")
+    R = basis.shape[0]
+    for name, tensor, shape in (
+        ("bias", bias, (N,)),
+        ("basis_bias", basis_bias, (R,)),
+        ("B", B, (rho, R)),
+        ("C", C, (N, r_max)),
+        ("active", active, (K,)),
+        ("trainable", trainable, (K,)),
+    ):
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+    if x.dim() == 0 or x.shape[-1] != D:
+        raise ValueError(f"x: expected shape (..., {D}), got {tuple(x.shape)}")
+    for name, tensor in (("x", x), ("weight", weight), ("basis", basis), ("B", B), ("C", C)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+    for name, tensor in (("active", active), ("trainable", trainable)):
+        if tensor is not None and tensor.dtype != torch.bool:
+            raise TypeError(f"{name}: expected a bool tensor, got {tensor.dtype}")

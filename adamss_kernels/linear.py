@@ -1,0 +1,227 @@
+"""`FusedAdaMSSLinear`: the drop-in replacement for a frozen `nn.Linear`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .config import AdaMSSConfig
+from .decompose import Decomposition, decompose
+from .functional import adamss_linear
+from .layout import SubspaceLayout, block_diagonal, column_mask
+
+
+class FusedAdaMSSLinear(nn.Module):
+    """A frozen linear layer with a trainable AdaMSS update: y = x W^T + bias + ((x A^T + a) B^T) C^T.
+
+    Attributes:
+        weight: W (N, D), frozen, the parameter of the layer it replaces.
+        bias: (N,), frozen, or None.
+        basis: A (R, D), frozen buffer.
+        basis_bias: a (R,), frozen buffer, or None.
+        B: (RHO, R), trainable.
+        C: (N, r_max), trainable; entries beyond a row's rank are structural zeros.
+        row_subspace: (N,) int32 buffer, the subspace that owns each row.
+        ranks: (K,) int32 buffer, the rank of each subspace.
+        active: (K,) bool buffer, subspaces that contribute.
+        trainable: (K,) bool buffer, subspaces that get gradients.
+        config: The `AdaMSSConfig` it was made with.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    basis: Tensor
+    basis_bias: Tensor | None
+    row_subspace: Tensor
+    ranks: Tensor
+    offsets: Tensor
+    active: Tensor
+    trainable: Tensor
+
+    def __init__(
+        self, weight: nn.Parameter, bias: nn.Parameter | None, decomposition: Decomposition, config: AdaMSSConfig
+    ) -> None:
+        """Assemble a layer from parts; `from_linear` is the usual way.
+
+        Args:
+            weight: W (N, D); frozen here (`requires_grad` is set to False), not copied.
+            bias: (N,) or None; likewise.
+            decomposition: Basis, layout, B and C for this weight.
+            config: Uses save_for_backward and backend.
+        """
+        super().__init__()
+        basis, basis_bias, layout, B, C = decomposition
+        self.out_features, self.in_features = weight.shape
+        self.config = config
+        self.weight = weight.requires_grad_(False)
+        self.bias = None if bias is None else bias.requires_grad_(False)
+        self.B = nn.Parameter(B)
+        self.C = nn.Parameter(C)
+        self.register_buffer("basis", basis)
+        self.register_buffer("basis_bias", basis_bias)
+        self.register_buffer("row_subspace", layout.row_subspace)
+        self.register_buffer("ranks", torch.tensor(layout.ranks, dtype=torch.int32, device=weight.device))
+        # Follows from the ranks; a buffer so that it moves with the module.
+        self.register_buffer("offsets", layout.offsets, persistent=False)
+        self.register_buffer("active", torch.ones(layout.num_subspaces, dtype=torch.bool, device=weight.device))
+        self.register_buffer("trainable", torch.ones(layout.num_subspaces, dtype=torch.bool, device=weight.device))
+        self._layout = layout
+        self._original: tuple[Tensor, Tensor | None] | None = None
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, config: AdaMSSConfig, *, name: str = "linear") -> FusedAdaMSSLinear:
+        """Wrap `linear`, sharing and freezing its parameters; with C = 0 the output is at first the same.
+
+        Args:
+            linear: The layer to adapt, on any device; on `meta` only shapes are set up.
+            config: Hyperparameters.
+            name: What messages call this layer.
+
+        Raises:
+            ValueError: The weight is empty, not floating, or not finite.
+        """
+        decomposition = decompose(linear.weight, linear.bias, config, name=name)
+        return cls(linear.weight, linear.bias, decomposition, config).train(linear.training)
+
+    @property
+    def layout(self) -> SubspaceLayout:
+        """Row assignment and ranks, on this layer's device."""
+        return self._layout
+
+    @property
+    def merged(self) -> bool:
+        """Whether the update is folded into `weight` and `bias`."""
+        return self._original is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (..., D) to y (..., N); see `adamss_linear`."""
+        if self.merged:
+            return F.linear(x, self.weight, self.bias)
+        return adamss_linear(
+            x,
+            self.weight,
+            self.bias,
+            self.basis,
+            self.basis_bias,
+            self.B,
+            self.C,
+            self._layout,
+            active=self.active,
+            trainable=self.trainable,
+            save_for_backward=self.config.save_for_backward,
+            backend=self.config.backend,
+        )
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """Return the update of W by the active subspaces: (N, D), float32 (float64 for float64 parameters)."""
+        return self._delta(self.basis)
+
+    @torch.no_grad()
+    def delta_bias(self) -> Tensor | None:
+        """Return the update of the bias by the active subspaces: (N,), dtype as `delta_weight`; None without one."""
+        return None if self.basis_bias is None else self._delta(self.basis_bias[:, None])[:, 0]
+
+    def _delta(self, basis: Tensor) -> Tensor:
+        acc = torch.promote_types(self.B.dtype, torch.float32)
+        S = self.B.to(acc) @ basis.to(acc)
+        S = S.masked_fill(~column_mask(self.active, self.offsets, S.shape[0])[:, None], 0)
+        return block_diagonal(self.C.to(acc), self.row_subspace, self.offsets, S.shape[0]).T @ S
+
+    def _merged_parameters(self) -> tuple[Tensor, Tensor | None]:
+        """Return W and bias plus their updates, summed in the update's dtype and rounded once."""
+        weight = (self.weight + self.delta_weight()).to(self.weight.dtype)
+        delta_bias = self.delta_bias()
+        bias = None if self.bias is None else (self.bias + delta_bias).to(self.bias.dtype)
+        if not (torch.isfinite(weight).all() and (bias is None or torch.isfinite(bias).all())):
+            raise ValueError("merge: the merged weight or bias is not finite; the adapter has diverged")
+        return weight, bias
+
+    @torch.no_grad()
+    def merge(self, *, keep_original_on: str | torch.device = "cpu") -> None:
+        """Fold the update into new `weight` and `bias` parameters; a no-op when already merged.
+
+        Parameters that other modules share (tied weights) keep their values. The state dict stays that of the
+        unmerged layer.
+
+        Args:
+            keep_original_on: Device that holds the original weight until `unmerge`.
+
+        Raises:
+            ValueError: The merged weight would not be finite; nothing is changed.
+        """
+        if self.merged:
+            return
+        weight, bias = self._merged_parameters()
+        self._original = (
+            self.weight.detach().to(keep_original_on, copy=True),
+            None if self.bias is None else self.bias.detach().to(keep_original_on, copy=True),
+        )
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Restore the original `weight` and `bias` bit for bit; a no-op when not merged."""
+        if self._original is None:
+            return
+        weight, bias = self._original
+        self.weight = nn.Parameter(weight.to(self.weight), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.to(self.weight), requires_grad=False)
+        self._original = None
+
+    @torch.no_grad()
+    def to_linear(self) -> nn.Linear:
+        """Return a plain `nn.Linear` with the update folded in, independent of this layer."""
+        weight, bias = (self.weight, self.bias) if self.merged else self._merged_parameters()
+        linear = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
+        linear.weight = nn.Parameter(weight.detach().clone())
+        if bias is not None:
+            linear.bias = nn.Parameter(bias.detach().clone())
+        return linear.train(self.training)
+
+    def base_parameters(self) -> tuple[Tensor, Tensor | None]:
+        """Return W and bias without the update, merged or not (then on the device that `merge` was told)."""
+        return self._original or (self.weight.detach(), None if self.bias is None else self.bias.detach())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedAdaMSSLinear:
+        super()._apply(fn, recurse)
+        self._bind_layout()
+        return self
+
+    def _bind_layout(self) -> None:
+        """Point the layout at the buffers, after they have been moved or replaced."""
+        self._layout = self._layout.with_tensors(self.row_subspace, self.offsets)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._original is not None:
+            # Loading a merged weight beside B and C would apply the update twice.
+            destination[prefix + "weight"], original_bias = self._original
+            if original_bias is not None:
+                destination[prefix + "bias"] = original_bias
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.unmerge()
+        ranks = state_dict.get(prefix + "ranks")
+        if ranks is not None and tuple(ranks.tolist()) != self._layout.ranks:
+            error_msgs = args[-1]
+            error_msgs.append(
+                f"{prefix}ranks: expected the ranks of this layer, {self._layout.ranks}, got {tuple(ranks.tolist())}"
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        # Rebuilt rather than kept: after `to_empty` the buffer holds garbage.
+        self._layout = SubspaceLayout(self.row_subspace, self._layout.ranks)
+        self.offsets = self._layout.offsets
+
+    def extra_repr(self) -> str:
+        """Summarise the layer for `print(model)`."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"R={self.basis.shape[0]}, K={self._layout.num_subspaces}, RHO={self._layout.rho}, merged={self.merged}"
+        )

@@ -1,0 +1,2 @@
+def unavailable(device_type=None, dtype=None):
+    return "not built"
