@@ -192,12 +192,14 @@ def _load_layer(model: nn.Module, name: str, checkpoint: _Checkpoint, strict: bo
     info = checkpoint.header["layers"][name]
     module = _find(model, name, checkpoint.path)
     N, D, R = info["out_features"], info["in_features"], info["r"]
+    weight: Tensor
+    bias: Tensor | None
     if type(module) is nn.Linear:
         weight, bias = module.weight, module.bias
     elif isinstance(module, FusedAdaMSSLinear):
         weight, bias = module.base_parameters()
         weight = nn.Parameter(weight.to(module.weight.device), requires_grad=False)
-        bias = None if bias is None else nn.Parameter(bias.to(weight.device), requires_grad=False)
+        bias = None if bias is None else nn.Parameter(bias.to(module.weight.device), requires_grad=False)
     else:
         raise ValueError(f"{name}: expected an nn.Linear or FusedAdaMSSLinear, got {type(module).__qualname__}")
     if tuple(weight.shape) != (N, D) or (bias is not None) != info["bias"]:

@@ -106,8 +106,8 @@ class AdaMSSConfig:
         self._normalise_names("modules_to_save")
         self._normalise_names("layers_pattern")
         if self.layers_to_transform is not None:
-            value = self.layers_to_transform
-            indices = (value,) if _is_int(value) else tuple(value) if isinstance(value, Iterable) else ()
+            value: Any = self.layers_to_transform
+            indices = tuple(value) if isinstance(value, Iterable) else (value,)
             valid = bool(indices) and all(_is_int(i) and i >= 0 for i in indices)
             self._require("layers_to_transform", valid, "a layer index >= 0 or a non-empty list of them")
             object.__setattr__(self, "layers_to_transform", indices)

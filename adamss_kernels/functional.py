@@ -63,10 +63,11 @@ def adamss_linear(
         raise ValueError(f"save_for_backward: expected one of {SAVE_FOR_BACKWARD}, got {save_for_backward!r}")
 
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         # As autocast does: float64 is left alone.
-        x, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, weight, bias))
+        x, weight = (t if t.dtype == torch.float64 else t.to(dtype) for t in (x, weight))
+        bias = bias if bias is None or bias.dtype == torch.float64 else bias.to(dtype)
     for name, tensor in (("x", x), ("bias", bias)):
         if tensor is not None and tensor.dtype != weight.dtype:
             raise TypeError(f"{name}: expected the dtype of weight, {weight.dtype}, got {tensor.dtype}")
@@ -82,7 +83,7 @@ def adamss_linear(
 
 class _AdaMSSLinear(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[no-untyped-def, override]
+    def forward(  # type: ignore[override]
         ctx,
         x,
         weight,
@@ -123,7 +124,7 @@ class _AdaMSSLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, dy):  # type: ignore[override]
         need_dx, need_dweight, need_dbias, _, _, need_dB, need_dC, *_ = ctx.needs_input_grad
         needs = [need_dx, need_dweight, need_dbias, need_dB, need_dC]
         grads = linear_backward(dy, *ctx.saved_tensors, needs, ctx.backend)

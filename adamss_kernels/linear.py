@@ -32,8 +32,8 @@ class FusedAdaMSSLinear(nn.Module):
         config: The `AdaMSSConfig` it was made with.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Tensor
+    bias: Tensor | None
     basis: Tensor
     basis_bias: Tensor | None
     row_subspace: Tensor
@@ -42,14 +42,12 @@ class FusedAdaMSSLinear(nn.Module):
     active: Tensor
     trainable: Tensor
 
-    def __init__(
-        self, weight: nn.Parameter, bias: nn.Parameter | None, decomposition: Decomposition, config: AdaMSSConfig
-    ) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, decomposition: Decomposition, config: AdaMSSConfig) -> None:
         """Assemble a layer from parts; `from_linear` is the usual way.
 
         Args:
-            weight: W (N, D); frozen here (`requires_grad` is set to False), not copied.
-            bias: (N,) or None; likewise.
+            weight: Parameter W (N, D), shared, not copied.
+            bias: Parameter (N,) or None; likewise.
             decomposition: Basis, layout, B and C for this weight.
             config: Uses save_for_backward and backend.
         """
@@ -57,8 +55,8 @@ class FusedAdaMSSLinear(nn.Module):
         basis, basis_bias, layout, B, C = decomposition
         self.out_features, self.in_features = weight.shape
         self.config = config
-        self.weight = weight.requires_grad_(False)
-        self.bias = None if bias is None else bias.requires_grad_(False)
+        self.weight = weight
+        self.bias = bias
         self.B = nn.Parameter(B)
         self.C = nn.Parameter(C)
         self.register_buffer("basis", basis)
@@ -85,7 +83,11 @@ class FusedAdaMSSLinear(nn.Module):
             ValueError: The weight is empty, not floating, or not finite.
         """
         decomposition = decompose(linear.weight, linear.bias, config, name=name)
-        return cls(linear.weight, linear.bias, decomposition, config).train(linear.training)
+        layer = cls(linear.weight, linear.bias, decomposition, config).train(linear.training)
+        layer.weight.requires_grad_(False)
+        if layer.bias is not None:
+            layer.bias.requires_grad_(False)
+        return layer
 
     @property
     def layout(self) -> SubspaceLayout:
@@ -135,8 +137,9 @@ class FusedAdaMSSLinear(nn.Module):
     def _merged_parameters(self) -> tuple[Tensor, Tensor | None]:
         """Return W and bias plus their updates, summed in the update's dtype and rounded once."""
         weight = (self.weight + self.delta_weight()).to(self.weight.dtype)
-        delta_bias = self.delta_bias()
-        bias = None if self.bias is None else (self.bias + delta_bias).to(self.bias.dtype)
+        bias, delta_bias = self.bias, self.delta_bias()
+        if bias is not None and delta_bias is not None:
+            bias = (bias + delta_bias).to(bias.dtype)
         if not (torch.isfinite(weight).all() and (bias is None or torch.isfinite(bias).all())):
             raise ValueError("merge: the merged weight or bias is not finite; the adapter has diverged")
         return weight, bias

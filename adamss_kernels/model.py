@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from .config import AdaMSSConfig
+from .decompose import decompose
 from .linear import FusedAdaMSSLinear
 
 
@@ -39,20 +40,13 @@ def inject_adamss(model: nn.Module, config: AdaMSSConfig, *, progress: bool = Tr
     targets = _targets(model, config)
 
     layers: dict[nn.Linear, FusedAdaMSSLinear] = {}
-    frozen_before = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    bar = tqdm(targets.items(), desc="AdaMSS init", unit="layer", disable=not progress)
-    try:
+    with tqdm(targets.items(), desc="AdaMSS init", unit="layer", disable=not progress) as bar:
         for name, linear in bar:
             bar.set_postfix_str(name)
             if linear not in layers:
-                layers[linear] = FusedAdaMSSLinear.from_linear(linear, config, name=name)
-    except BaseException:
-        # from_linear has frozen the weights that it shares.
-        for parameter, requires_grad in frozen_before.items():
-            parameter.requires_grad_(requires_grad)
-        raise
-    finally:
-        bar.close()
+                decomposition = decompose(linear.weight, linear.bias, config, name=name)
+                layer = FusedAdaMSSLinear(linear.weight, linear.bias, decomposition, config)
+                layers[linear] = layer.train(linear.training)
     replace_modules(model, {name: layers[linear] for name, linear in targets.items()}, saved.values())
     return model
 

@@ -36,7 +36,7 @@ linear_backward = torch.ops.adamss_kernels.linear_backward.default
 @torch.library.register_fake("adamss_kernels::linear_forward", lib=_library)
 def _linear_forward_fake(
     x, weight, bias, basis, basis_bias, B, C, row_subspace, offsets, active, keep_S, keep_P, backend
-):  # type: ignore[no-untyped-def]
+):
     M = x.shape[0]
     acc = torch.promote_types(x.dtype, torch.float32)
     y = x.new_empty(M, weight.shape[0])
@@ -48,7 +48,7 @@ def _linear_forward_fake(
 @torch.library.register_fake("adamss_kernels::linear_backward", lib=_library)
 def _linear_backward_fake(
     dy, x, S, P, weight, basis, basis_bias, B, C, row_subspace, offsets, active, trainable, needs, backend
-):  # type: ignore[no-untyped-def]
+):
     shapes = ((dy.shape[0], weight.shape[1]), weight.shape, weight.shape[:1], B.shape, C.shape)
     dtypes = (dy.dtype, dy.dtype, dy.dtype, B.dtype, C.dtype)
     return tuple(
@@ -58,18 +58,18 @@ def _linear_backward_fake(
 
 
 @torch.library.impl("adamss_kernels::linear_forward", "CompositeExplicitAutograd", lib=_library)
-def _linear_forward(x, *args):  # type: ignore[no-untyped-def]
+def _linear_forward(x, *args):
     *operands, backend = args
     return _without_autocast(implementation(choose_backend(backend, x.device, x.dtype)).forward, x, *operands)
 
 
 @torch.library.impl("adamss_kernels::linear_backward", "CompositeExplicitAutograd", lib=_library)
-def _linear_backward(dy, *args):  # type: ignore[no-untyped-def]
+def _linear_backward(dy, *args):
     *operands, backend = args
     return _without_autocast(implementation(choose_backend(backend, dy.device, dy.dtype)).backward, dy, *operands)
 
 
-def _without_autocast(function, tensor, *args):  # type: ignore[no-untyped-def]
+def _without_autocast(function, tensor, *args):
     # `functional.py` has cast the operands already; inside, float32 means float32.
     device_type = tensor.device.type
     if torch.is_autocast_enabled(device_type):

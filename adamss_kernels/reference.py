@@ -84,12 +84,8 @@ def backward(
 
     dS = dy C, dC^T = S^T dy at the places of C, dB = dS^T P (P itself, or through x), dx = dy W + dS Q.
 
-    Args:
-        dy: (M, N), dtype of weight.
-        x: (M, D); needed for dweight, and for dB where P is None.
-        S: (M, RHO); needed for dC.
-        P: (M, R) or None.
-        needs: Whether dx, dweight, dbias, dB and dC are wanted.
+    Of dy (M, N), x (M, D), S (M, RHO) and P (M, R), x is needed for dweight, and for dB where P is None; S for dC.
+    `needs` says whether dx, dweight, dbias, dB and dC are wanted.
 
     Returns:
         dx (M, D), dweight (N, D), dbias (N,), dB (RHO, R), dC (N, r_max), each in its operand's dtype; empty (0,)
@@ -118,15 +114,18 @@ def backward(
         if P is not None:
             dB = (dS.to(dy.dtype).T @ P).to(acc)
         else:
+            assert x is not None
             dB = (dS.to(dy.dtype).T @ x).to(acc) @ basis.T.to(acc)
             if basis_bias is not None:
                 dB += torch.outer(dS.sum(0), basis_bias.to(acc))
         dB = _only(learns, dB).to(B.dtype)
     if need_dC:
+        assert S is not None
         dCt = _only(learns, (S.to(dy.dtype).T @ dy).to(acc))
         dCt = torch.cat((dCt, dCt.new_zeros(1, dCt.shape[1])))
         dC = dCt.T.gather(1, gather_index(row_subspace, offsets, C.shape[1])).to(C.dtype)
     if need_dweight:
+        assert x is not None
         dweight = dy.T @ x
     if need_dbias:
         dbias = dy.sum(0)

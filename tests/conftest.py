@@ -1,0 +1,107 @@
+"""Fixtures and builders that several test files share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from adamss_kernels import AdaMSSConfig, FusedAdaMSSLinear, SubspaceLayout, available_backends
+
+CPU_BACKENDS = [name for name, state in available_backends().items() if state == "available" and name != "triton"]
+
+
+@dataclass
+class Problem:
+    """Random operands of `adamss_linear`, shaped as in design's notation."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    basis: Tensor
+    basis_bias: Tensor | None
+    B: Tensor
+    C: Tensor
+    layout: SubspaceLayout
+
+    @property
+    def operands(self) -> tuple:
+        return self.x, self.weight, self.bias, self.basis, self.basis_bias, self.B, self.C, self.layout
+
+    def to(self, dtype: torch.dtype, param_dtype: torch.dtype | None = None) -> Problem:
+        """Cast to `dtype`, and B and C to `param_dtype`; the leaves are new and require grad where they did."""
+
+        def cast(t: Tensor | None, to: torch.dtype = dtype) -> Tensor | None:
+            return None if t is None else t.detach().to(to, copy=True).requires_grad_(t.requires_grad)
+
+        frozen = [cast(t) for t in (self.x, self.weight, self.bias, self.basis, self.basis_bias)]
+        return Problem(*frozen, cast(self.B, param_dtype or dtype), cast(self.C, param_dtype or dtype), self.layout)
+
+
+def make_problem(
+    M: int | tuple[int, ...] = 7,
+    D: int = 13,
+    N: int = 11,
+    R: int = 5,
+    ranks: tuple[int, ...] = (2, 1, 3),
+    bias: bool = True,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> Problem:
+    """Draw operands; every subspace owns at least one row, and structural zeros of C hold garbage on purpose."""
+    g = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
+    K = len(ranks)
+    rows = torch.cat((torch.arange(K), torch.randint(0, K, (N - K,), generator=g)))
+    layout = SubspaceLayout(rows[torch.randperm(N, generator=g)].to(torch.int32), ranks)
+    shape = (M,) if isinstance(M, int) else M
+    return Problem(
+        x=randn(*shape, D).requires_grad_(),
+        weight=randn(N, D) / D**0.5,
+        bias=randn(N) if bias else None,
+        basis=randn(R, D) / D**0.5,
+        basis_bias=randn(R) if bias else None,
+        B=randn(layout.rho, R).requires_grad_(),
+        C=randn(N, layout.r_max).requires_grad_(),
+        layout=layout,
+    )
+
+
+def randomise(layer: FusedAdaMSSLinear, seed: int = 0) -> FusedAdaMSSLinear:
+    """Give C values, as training would: at initialisation the update is zero and hides errors."""
+    C = torch.randn(layer.C.shape, generator=torch.Generator().manual_seed(seed)) * 0.05
+    layer.C.data.copy_(
+        C * (layer.C.new_tensor(layer.layout.ranks)[layer.row_subspace.long()][:, None] > torch.arange(C.shape[1]))
+    )
+    return layer
+
+
+def make_layer(D: int = 24, N: int = 20, bias: bool = True, seed: int = 0, **config: object) -> FusedAdaMSSLinear:
+    """A small layer with a trained-looking C."""
+    torch.manual_seed(seed)
+    options: dict = {"r": 8, "num_subspaces": 3, "subspace_rank": 2} | config
+    return randomise(FusedAdaMSSLinear.from_linear(nn.Linear(D, N, bias=bias), AdaMSSConfig(**options)))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    """Every test draws the same numbers whatever ran before it."""
+    torch.manual_seed(0)
+    yield
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_empty() -> Iterator[None]:
+    """Fill what torch.empty returns with NaN, so that memory which nobody wrote shows."""
+    previous = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = previous[0]
+    torch.use_deterministic_algorithms(previous[1])

@@ -1,0 +1,254 @@
+"""A checkpoint reproduces the trained update, recognises its base, and is never half written or half loaded."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+
+import pytest
+import torch
+from conftest import randomise
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from adamss_kernels import AdaMSSConfig, BaseWeightWarning, inject_adamss, load_adapter, save_adapter
+from adamss_kernels.checkpoint import HEADER_FILE, TENSORS_FILE
+from adamss_kernels.model import adamss_layers
+from adamss_kernels.sketch import relative_difference, sketch
+
+
+def base_model(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    model = nn.Sequential()
+    model.first = nn.Linear(48, 40)
+    model.act = nn.GELU()
+    model.second = nn.Linear(40, 48, bias=False)
+    model.head = nn.Linear(48, 3)
+    return model
+
+
+def trained(model: nn.Module, **options) -> nn.Module:
+    config = AdaMSSConfig(**({"r": 12, "num_subspaces": 4, "subspace_rank": 2, "modules_to_save": ["head"]} | options))
+    inject_adamss(model, config, progress=False)
+    for layer in adamss_layers(model).values():
+        randomise(layer)
+    model.head.weight.data.normal_()
+    model.first.active[1] = False
+    model.second.trainable[-1] = False
+    return model
+
+
+X = torch.randn(6, 48, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_saved_adapter_gives_the_same_outputs(tmp_path, compact, merged):
+    model = trained(base_model())
+    y = model(X)
+    if merged:
+        for layer in adamss_layers(model).values():
+            layer.merge()
+    save_adapter(model, tmp_path / "new" / "folder", compact=compact)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fresh = load_adapter(base_model(), tmp_path / "new" / "folder")
+    assert torch.equal(fresh(X), y)
+    assert fresh.first.config == model.first.config
+    assert fresh.first.active.tolist() == model.first.active.tolist()
+    assert fresh.second.trainable.tolist() == model.second.trainable.tolist()
+    names = {name for name, p in fresh.named_parameters() if p.requires_grad}
+    assert names == {"first.B", "first.C", "second.B", "second.C", "head.weight", "head.bias"}
+    # Onto a model that is adapted already, too.
+    again = load_adapter(trained(base_model(), num_subspaces=2), tmp_path / "new" / "folder")
+    assert torch.equal(again(X), y)
+
+
+def test_a_compact_file_leaves_the_basis_out(tmp_path):
+    model = trained(base_model())
+    paths = save_adapter(model, tmp_path / "full"), save_adapter(model, tmp_path / "compact", compact=True)
+    keys = []
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            keys.append(set(file.keys()))
+    assert {"layers.first.basis", "layers.first.basis_bias", "layers.second.basis"} <= keys[0]
+    assert not [key for key in keys[1] if key.endswith((".basis", ".basis_bias"))]
+    assert paths[1].stat().st_size < paths[0].stat().st_size
+
+
+def test_the_trained_update_is_applied_exactly_to_a_rounded_base(tmp_path):
+    model = trained(base_model())
+    save_adapter(model, tmp_path)
+    rounded = base_model()
+    for parameter in (*rounded.first.parameters(), *rounded.second.parameters()):
+        parameter.data.copy_(parameter.data.bfloat16())
+    relative = ((rounded.first.weight - model.first.weight).norm() / model.first.weight.norm()).item()
+    with pytest.warns(BaseWeightWarning, match="base weight differs from the one trained on by") as caught:
+        load_adapter(rounded, tmp_path)
+    assert {str(w.message).split(":")[0] for w in caught} == {"first", "second"}
+    measured = float(str(caught[0].message).split(" by ")[1].split()[0])
+    assert relative / 2 < measured < relative * 2
+    for name, layer in adamss_layers(rounded).items():
+        assert torch.equal(layer.delta_weight(), model.get_submodule(name).delta_weight())
+
+
+def test_the_trained_update_is_applied_exactly_to_a_base_of_a_narrower_dtype(tmp_path):
+    model = trained(base_model())
+    save_adapter(model, tmp_path)
+    narrow = base_model().to(torch.bfloat16)
+    with pytest.warns(BaseWeightWarning):
+        load_adapter(narrow, tmp_path)
+    assert torch.equal(narrow.first.delta_weight(), model.first.delta_weight())
+    y = narrow(X.bfloat16())
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert (y - model(X)).norm() <= 0.05 * model(X).norm()
+
+
+def test_another_base_is_refused_by_name_unless_told_otherwise(tmp_path):
+    model = trained(base_model())
+    save_adapter(model, tmp_path)
+    other = base_model()
+    other.second = base_model(seed=1).second
+    before = copy.deepcopy(other)
+    with pytest.raises(ValueError, match="second: the base weight differs from the one trained on"):
+        load_adapter(other, tmp_path)
+    assert not adamss_layers(other)
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), before.parameters(), strict=True))
+    assert all(p.requires_grad for p in other.parameters())
+    with pytest.warns(BaseWeightWarning, match="second"):
+        load_adapter(other, tmp_path, strict=False)
+    assert torch.equal(other.second.delta_weight(), model.second.delta_weight())
+
+
+def test_a_compact_adapter_refuses_a_base_with_noise(tmp_path):
+    save_adapter(trained(base_model()), tmp_path, compact=True)
+    noisy = base_model()
+    weight = noisy.first.weight.data
+    weight += 1e-3 * weight.norm() / weight.numel() ** 0.5 * torch.randn_like(weight)
+    with pytest.warns(BaseWeightWarning), pytest.raises(ValueError, match="first: the basis rebuilt from this base"):
+        load_adapter(noisy, tmp_path)
+    assert not adamss_layers(noisy)
+
+
+def rewrite(directory, change_tensors=lambda t: None, change_header=lambda h: None) -> None:
+    path = directory / TENSORS_FILE
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["adamss_kernels"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    change_tensors(tensors)
+    change_header(header)
+    save_file(tensors, path, metadata={"adamss_kernels": json.dumps(header)})
+
+
+def truncate(directory) -> None:
+    path = directory / TENSORS_FILE
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+DAMAGE = {
+    "truncated": (truncate, "not a complete safetensors file"),
+    "missing tensor": (
+        lambda d: rewrite(d, lambda t: t.pop("layers.second.B")),
+        "tensor 'layers.second.B' is missing",
+    ),
+    "wrong shape": (
+        lambda d: rewrite(d, lambda t: t.update({"layers.first.C": torch.zeros(40, 3)})),
+        r"tensor 'layers.first.C' has shape \(40, 3\), expected \(40, 2\)",
+    ),
+    "unknown tensor": (
+        lambda d: rewrite(d, lambda t: t.update(extra=torch.zeros(1))),
+        "has a tensor 'extra' that its header does not announce",
+    ),
+    "bad row map": (
+        lambda d: rewrite(d, lambda t: t["layers.first.row_subspace"].fill_(9)),
+        "layer 'first': row_subspace: expected values in",
+    ),
+    "wrong version": (
+        lambda d: rewrite(d, change_header=lambda h: h.update(format_version=99)),
+        "format version 99, this release reads 1",
+    ),
+    "foreign file": (
+        lambda d: save_file({"a": torch.zeros(1)}, d / TENSORS_FILE),
+        "not written by save_adapter",
+    ),
+    "unknown layer": (
+        lambda d: rewrite(d, change_header=lambda h: h["layers"].update(third=h["layers"]["first"])),
+        "saved with a module 'third', which this model does not have",
+    ),
+    "other shape of layer": (
+        lambda d: rewrite(d, change_header=lambda h: h["layers"]["first"].update(in_features=47)),
+        r"first: the adapter was trained on a weight of shape \(40, 47\) with bias, got \(40, 48\) with bias",
+    ),
+    "damaged module to save": (
+        lambda d: rewrite(d, lambda t: t.update({"modules.head.weight": torch.zeros(2, 48)})),
+        r"tensor 'modules.head.weight' has shape \(2, 48\), expected \(3, 48\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_refused_and_nothing_is_loaded(tmp_path, damage):
+    harm, message = DAMAGE[damage]
+    save_adapter(trained(base_model()), tmp_path)
+    harm(tmp_path)
+    model = base_model()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        load_adapter(model, tmp_path)
+    assert not adamss_layers(model)
+    assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_no_checkpoint_and_no_adapter_are_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match=TENSORS_FILE):
+        load_adapter(base_model(), tmp_path)
+    with pytest.raises(ValueError, match="has no FusedAdaMSSLinear"):
+        save_adapter(base_model(), tmp_path)
+
+
+def test_a_failure_while_saving_leaves_the_previous_checkpoint_whole(tmp_path, monkeypatch):
+    model = trained(base_model())
+    y = model(X)
+    save_adapter(model, tmp_path)
+    model.first.C.data.zero_()
+
+    def fail(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    with pytest.raises(OSError, match="No space left"):
+        save_adapter(model, tmp_path)
+    monkeypatch.undo()
+    assert torch.equal(load_adapter(base_model(), tmp_path)(X), y)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [HEADER_FILE, TENSORS_FILE]
+
+
+def test_compiled_models_are_looked_through(tmp_path):
+    model = trained(base_model())
+    y = model(X)
+    save_adapter(torch.compile(model), tmp_path)
+    compiled = torch.compile(base_model())
+    assert load_adapter(compiled, tmp_path) is compiled
+    assert torch.equal(compiled._orig_mod(X), y)
+
+
+def test_the_json_beside_the_tensors_is_their_header(tmp_path):
+    save_adapter(trained(base_model()), tmp_path)
+    header = json.loads((tmp_path / HEADER_FILE).read_text())
+    assert header["config"]["num_subspaces"] == 4
+    assert set(header["layers"]) == {"first", "second"}
+    with safe_open(tmp_path / TENSORS_FILE, framework="pt") as file:
+        assert json.loads(file.metadata()["adamss_kernels"]) == header
+
+
+@pytest.mark.parametrize("noise", [1e-8, 1e-3, 0.1, 1.0])
+def test_sketches_estimate_the_distance(noise):
+    expected = torch.randn(300, 200, dtype=torch.float64)
+    found = expected + noise * torch.randn_like(expected)
+    assert relative_difference(sketch(expected), sketch(expected)) == 0
+    # 64 samples of a squared Gaussian: five standard deviations are within a factor of two.
+    assert noise / 2 < relative_difference(sketch(found), sketch(expected)) < noise * 2

@@ -1,0 +1,69 @@
+"""Importing the package is light and needs nothing that is optional."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+OPTIONAL = ("triton", "peft", "transformers", "sklearn", "safetensors", "tqdm", "matplotlib", "torch._dynamo")
+
+
+def run(code: str) -> str:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_the_layer_works_where_optional_libraries_cannot_be_imported():
+    run(
+        """
+import sys
+for name in ("triton", "peft", "transformers", "matplotlib"):
+    sys.modules[name] = None
+import ctypes
+def refuse(*args, **kwargs):
+    raise OSError("unloadable in this test")
+import torch
+ctypes.CDLL = refuse
+import adamss_kernels as ak
+layer = ak.FusedAdaMSSLinear.from_linear(torch.nn.Linear(8, 6), ak.AdaMSSConfig(r=4, num_subspaces=2))
+layer(torch.randn(3, 8)).sum().backward()
+assert layer.C.grad.abs().sum() > 0
+states = ak.available_backends()
+assert states["reference"] == "available"
+assert states["native"] != "available", states
+"""
+    )
+
+
+@pytest.mark.parametrize("module", OPTIONAL)
+def test_importing_the_package_does_not_import(module):
+    # torch itself imports some of these on some versions: only what we add counts.
+    run(
+        f"""
+import sys, torch
+before = set(sys.modules)
+import adamss_kernels
+assert not [m for m in set(sys.modules) - before if m.split(".")[0] == {module!r} or m == {module!r}]
+"""
+    )
+
+
+def test_importing_the_package_queries_no_device():
+    run(
+        """
+import torch
+def refuse(*args, **kwargs):
+    raise AssertionError("a device was queried")
+torch.cuda.is_available = torch.cuda.device_count = torch.cuda.init = refuse
+import adamss_kernels
+"""
+    )
+
+
+def test_importing_the_package_adds_under_a_fifth_of_a_second():
+    # The promise of the README; counted as CPU time, the best of three, so that a busy machine does not matter.
+    code = "import torch, time; t = time.process_time(); import adamss_kernels; print(time.process_time() - t)"
+    assert min(float(run(code)) for _ in range(3)) < 0.2
