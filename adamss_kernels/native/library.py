@@ -1,0 +1,172 @@
+"""Finds and loads the C++ library, and declares its interface (csrc/cpu/interface.h) to ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sys
+from collections.abc import Callable
+from ctypes import c_char_p, c_int32, c_int64, c_void_p
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_SUFFIX = "dylib" if sys.platform == "darwin" else "so"
+_NAME = f"libadamss_cpu.{_SUFFIX}"
+
+
+class Layout(ctypes.Structure):
+    """`adamss_layout`."""
+
+    _fields_ = (
+        ("N", c_int64),
+        ("K", c_int64),
+        ("row_subspace", c_void_p),
+        ("offsets", c_void_p),
+        ("active", c_void_p),
+        ("trainable", c_void_p),
+    )
+
+
+class ForwardArgs(ctypes.Structure):
+    """`adamss_forward_args`."""
+
+    _fields_ = (
+        ("dtype", c_int64),
+        ("M", c_int64),
+        ("D", c_int64),
+        ("x", c_void_p),
+        ("stride_xm", c_int64),
+        ("Q", c_void_p),
+        ("q", c_void_p),
+        ("bias", c_void_p),
+        ("C", c_void_p),
+        ("r_max", c_int64),
+        ("S", c_void_p),
+        ("y", c_void_p),
+        ("layout", Layout),
+    )
+
+
+class BackwardArgs(ctypes.Structure):
+    """`adamss_backward_args`."""
+
+    _fields_ = (
+        ("dtype", c_int64),
+        ("M", c_int64),
+        ("D", c_int64),
+        ("dy", c_void_p),
+        ("stride_dym", c_int64),
+        ("x", c_void_p),
+        ("stride_xm", c_int64),
+        ("S", c_void_p),
+        ("D_out", c_int64),
+        ("Q", c_void_p),
+        ("C", c_void_p),
+        ("r_max", c_int64),
+        ("dx", c_void_p),
+        ("dQ", c_void_p),
+        ("dq", c_void_p),
+        ("dC", c_void_p),
+        ("layout", Layout),
+    )
+
+
+class Library(NamedTuple):
+    """The loaded library: its two kernels, the instruction set in use, and all that it could use."""
+
+    forward: Callable[[ForwardArgs], None]
+    backward: Callable[[BackwardArgs], None]
+    isa: str
+    isas: tuple[str, ...]
+    path: Path
+
+
+def pointer(t: Tensor | None) -> int | None:
+    """Return the address of a tensor's first element; null for None."""
+    return None if t is None else t.data_ptr()
+
+
+@functools.cache
+def load() -> Library:
+    """Load the library once per process; the environment variable ADAMSS_CPU_ISA forces an instruction set.
+
+    Raises:
+        OSError: It is not there or cannot be loaded; the message says why.
+    """
+    path = _find(_NAME)
+    if path is None:
+        raise OSError(_build_state())
+    library = ctypes.CDLL(str(path))
+    libtorch = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{_SUFFIX}"))
+    try:
+        parallel_for = ctypes.cast(libtorch.torch_parallel_for, c_void_p)
+    except AttributeError:
+        raise OSError(f"torch {torch.__version__} does not export torch_parallel_for") from None
+    for name in ("adamss_cpu_isa", "adamss_cpu_isas"):
+        getattr(library, name).restype = c_char_p
+    library.adamss_cpu_init.argtypes = (c_void_p, c_char_p)
+    library.adamss_cpu_forward.argtypes = (ctypes.POINTER(ForwardArgs),)
+    library.adamss_cpu_backward.argtypes = (ctypes.POINTER(BackwardArgs),)
+    for name in ("adamss_cpu_init", "adamss_cpu_forward", "adamss_cpu_backward"):
+        getattr(library, name).restype = c_int32
+
+    isas = tuple(library.adamss_cpu_isas().decode().split())
+    isa = os.environ.get("ADAMSS_CPU_ISA", "")
+    if library.adamss_cpu_init(parallel_for, isa.encode()) != 0:
+        raise OSError(f"ADAMSS_CPU_ISA={isa!r}: this machine and build have {isas}")
+    return Library(
+        _checked(library.adamss_cpu_forward),
+        _checked(library.adamss_cpu_backward),
+        library.adamss_cpu_isa().decode(),
+        isas,
+        path,
+    )
+
+
+@functools.cache
+def why_not_loaded() -> str | None:
+    """Return why the library cannot be loaded, or None."""
+    try:
+        load()
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def describe() -> dict[str, str]:
+    """Return what `adamss-kernels info` shows of the library."""
+    reason = why_not_loaded()
+    if reason is not None:
+        return {"state": reason}
+    library = load()
+    return {
+        "state": _build_state(),
+        "ISA": f"{library.isa} (of {', '.join(library.isas)}; ADAMSS_CPU_ISA forces one)",
+        "takes": "float32, float64 and bfloat16 on the CPU; everything else is the reference's",
+        "threads": "torch's own",
+    }
+
+
+def _checked(function: Callable[..., int]) -> Callable[..., None]:
+    def call(args: ctypes.Structure) -> None:
+        if function(args) != 0:
+            raise MemoryError(f"{function.__name__}: no memory for scratch space")  # type: ignore[attr-defined]
+
+    return call
+
+
+def _find(name: str) -> Path | None:
+    # An editable install keeps the library apart from the sources; the package's path names both places.
+    from adamss_kernels import native
+
+    return next((path for folder in native.__path__ if (path := Path(folder) / name).is_file()), None)
+
+
+def _build_state() -> str:
+    """Return what CMake recorded about the build when the package was installed."""
+    path = _find("build_state.txt")
+    return path.read_text().strip() if path else "not built: this is a source tree that was not installed"

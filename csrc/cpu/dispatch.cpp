@@ -1,0 +1,85 @@
+// The exported functions: picks the instruction set once, keeps C++ exceptions inside.
+#include "dispatch.h"
+
+#include <cstring>
+#include <new>
+#include <string>
+
+namespace baseline {
+extern const adamss::Kernels kernels;
+}
+#ifdef ADAMSS_X86
+namespace avx2 {
+extern const adamss::Kernels kernels;
+}
+namespace avx512 {
+extern const adamss::Kernels kernels;
+}
+#endif
+
+namespace adamss {
+
+adamss_parallel_for parallel_for = nullptr;
+static const Kernels* chosen = &baseline::kernels;
+
+// The kernels that this machine can run, best first.
+template <class F>
+static void for_each_runnable(const F& f) {
+#ifdef ADAMSS_X86
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        f(&avx512::kernels);
+    if (avx2) f(&avx2::kernels);
+#endif
+    f(&baseline::kernels);
+}
+
+template <class F>
+static int32_t guarded(const F& f) {
+    try {
+        f();
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
+}  // namespace adamss
+
+extern "C" {
+
+int32_t adamss_cpu_init(adamss_parallel_for parallel_for, const char* isa) {
+    adamss::parallel_for = parallel_for;
+    const adamss::Kernels* found = nullptr;
+    adamss::for_each_runnable([&](const adamss::Kernels* kernels) {
+        if (!found && (!isa || !*isa || !std::strcmp(isa, kernels->isa))) found = kernels;
+    });
+    if (!found) return 1;
+    adamss::chosen = found;
+    return 0;
+}
+
+const char* adamss_cpu_isa() { return adamss::chosen->isa; }
+
+const char* adamss_cpu_isas() {
+    static const std::string names = [] {
+        std::string all;
+        adamss::for_each_runnable([&](const adamss::Kernels* kernels) {
+            all += (all.empty() ? "" : " ");
+            all += kernels->isa;
+        });
+        return all;
+    }();
+    return names.c_str();
+}
+
+int32_t adamss_cpu_forward(const adamss_forward_args* args) {
+    return adamss::guarded([&] { adamss::chosen->forward(*args); });
+}
+
+int32_t adamss_cpu_backward(const adamss_backward_args* args) {
+    return adamss::guarded([&] { adamss::chosen->backward(*args); });
+}
+}

@@ -1,0 +1,18 @@
+// What the kernels of each instruction set share with the dispatcher.
+#pragma once
+
+#include "interface.h"
+
+namespace adamss {
+
+// Work runs on torch's threads; set by adamss_cpu_init.
+extern adamss_parallel_for parallel_for;
+
+// One instruction set's kernels.
+struct Kernels {
+    const char* isa;
+    void (*forward)(const adamss_forward_args&);
+    void (*backward)(const adamss_backward_args&);
+};
+
+}  // namespace adamss

@@ -1,0 +1,138 @@
+// Register tiles of the three skinny products; every operand row is found through a pointer, so that columns of
+// pruned subspaces are skipped rather than multiplied.
+#pragma once
+
+#include "vector.h"
+
+namespace ADAMSS_ISA {
+
+#if defined(__AVX512F__)
+constexpr int TILE_P = 5, TILE_V = 4;  // 4 x 5 + 4 + 1 and 5 x 4 + 4 + 1 of 32 registers
+#else
+constexpr int TILE_P = 2, TILE_V = 2;  // 4 x 2 + 4 + 1 and 2 x 2 + 2 + 1 of 16 registers
+#endif
+constexpr int TILE_M = 4;
+
+// S[m, p] = x[m] . Q[p] + q[p] for TILE_M rows of x and P rows of Q, along D.
+template <class T, int P>
+void dot_tile(int64_t D, const T* const x[TILE_M], const T* const* Q, const T* q, T* S, int64_t stride_sm) {
+    constexpr int W = Vector<T>::width;
+    vec<T> total[P][TILE_M] = {};
+    int64_t d = 0;
+    for (; d + W <= D; d += W) {
+        vec<T> x_d[TILE_M];
+        for (int m = 0; m < TILE_M; ++m) x_d[m] = load(x[m] + d);
+        for (int p = 0; p < P; ++p) {
+            const vec<T> Q_d = load(Q[p] + d);
+            for (int m = 0; m < TILE_M; ++m) total[p][m] += x_d[m] * Q_d;
+        }
+    }
+    for (int p = 0; p < P; ++p) {
+        T s[TILE_M];
+        sum4<T>(total[p], s);
+        for (int m = 0; m < TILE_M; ++m) {
+            for (int64_t e = d; e < D; ++e) s[m] += x[m][e] * Q[p][e];
+            S[m * stride_sm + p] = s[m] + (q ? q[p] : T(0));
+        }
+    }
+}
+
+// dQ[p, d] += sum_m dS[m, p] x[m, d] for P rows of dQ and V registers of columns, along M.
+template <class T, int P, int V>
+void outer_tile(int64_t M, const T* x, int64_t stride_xm, const T* dS, int64_t stride_sm, T* const* dQ, int64_t d) {
+    constexpr int W = Vector<T>::width;
+    vec<T> total[P][V];
+    for (int p = 0; p < P; ++p)
+        for (int v = 0; v < V; ++v) total[p][v] = load(dQ[p] + d + v * W);
+    for (int64_t m = 0; m < M; ++m) {
+        vec<T> x_m[V];
+        for (int v = 0; v < V; ++v) x_m[v] = load(x + m * stride_xm + d + v * W);
+        for (int p = 0; p < P; ++p) {
+            const T s = dS[m * stride_sm + p];
+            for (int v = 0; v < V; ++v) total[p][v] += x_m[v] * s;
+        }
+    }
+    for (int p = 0; p < P; ++p)
+        for (int v = 0; v < V; ++v) store(dQ[p] + d + v * W, total[p][v]);
+}
+
+// dx[m, d] = sum_p dS[m, p] Q[p, d] for TILE_M rows of dx and V registers of columns, along RHO.
+template <class T, class X, int V>
+void product_tile(int64_t rho, const T* dS, int64_t stride_sm, const T* const* Q, int64_t d, X* dx, int64_t stride_dxm) {
+    constexpr int W = Vector<T>::width;
+    vec<T> total[TILE_M][V] = {};
+    for (int64_t p = 0; p < rho; ++p) {
+        vec<T> Q_p[V];
+        for (int v = 0; v < V; ++v) Q_p[v] = load(Q[p] + d + v * W);
+        for (int m = 0; m < TILE_M; ++m) {
+            const T s = dS[m * stride_sm + p];
+            for (int v = 0; v < V; ++v) total[m][v] += Q_p[v] * s;
+        }
+    }
+    for (int m = 0; m < TILE_M; ++m)
+        for (int v = 0; v < V; ++v) store_as(dx + m * stride_dxm + d + v * W, total[m][v]);
+}
+
+// The products over whole blocks: tiles, then what is left over.
+
+// S (M, rho), M a multiple of TILE_M, leading dimension stride_sm.
+template <class T>
+void dot_block(int64_t M, int64_t D, const T* x, int64_t stride_xm, int64_t rho, const T* const* Q, const T* q, T* S,
+               int64_t stride_sm) {
+    for (int64_t m = 0; m < M; m += TILE_M) {
+        const T* rows[TILE_M];
+        for (int i = 0; i < TILE_M; ++i) rows[i] = x + (m + i) * stride_xm;
+        int64_t p = 0;
+        for (; p + TILE_P <= rho; p += TILE_P)
+            dot_tile<T, TILE_P>(D, rows, Q + p, q ? q + p : nullptr, S + m * stride_sm + p, stride_sm);
+        for (; p < rho; ++p)
+            dot_tile<T, 1>(D, rows, Q + p, q ? q + p : nullptr, S + m * stride_sm + p, stride_sm);
+    }
+}
+
+template <class T, int P>
+void outer_rows(int64_t M, int64_t D, const T* x, int64_t stride_xm, const T* dS, int64_t stride_sm, T* const* dQ) {
+    constexpr int W = Vector<T>::width;
+    int64_t d = 0;
+    for (; d + TILE_V * W <= D; d += TILE_V * W) outer_tile<T, P, TILE_V>(M, x, stride_xm, dS, stride_sm, dQ, d);
+    for (; d + W <= D; d += W) outer_tile<T, P, 1>(M, x, stride_xm, dS, stride_sm, dQ, d);
+    for (int p = 0; p < P; ++p)
+        for (int64_t e = d; e < D; ++e) {
+            T total = dQ[p][e];
+            for (int64_t m = 0; m < M; ++m) total += dS[m * stride_sm + p] * x[m * stride_xm + e];
+            dQ[p][e] = total;
+        }
+}
+
+// dQ (rho, D) += dS^T x over M tokens.
+template <class T>
+void outer_block(int64_t M, int64_t D, const T* x, int64_t stride_xm, int64_t rho, const T* dS, int64_t stride_sm,
+                 T* const* dQ) {
+    int64_t p = 0;
+    for (; p + TILE_P <= rho; p += TILE_P)
+        outer_rows<T, TILE_P>(M, D, x, stride_xm, dS + p, stride_sm, dQ + p);
+    for (; p < rho; ++p) outer_rows<T, 1>(M, D, x, stride_xm, dS + p, stride_sm, dQ + p);
+}
+
+// dx (M, D) = dS Q; M tokens of dS are padded to a multiple of TILE_M, the rows of dx past `M` are not written.
+template <class T, class X>
+void product_block(int64_t M, int64_t D, int64_t rho, const T* dS, int64_t stride_sm, const T* const* Q, X* dx,
+                   int64_t stride_dxm) {
+    constexpr int W = Vector<T>::width;
+    int64_t d = 0;
+    const int64_t whole = M / TILE_M * TILE_M;
+    for (; d + TILE_V * W <= D; d += TILE_V * W)
+        for (int64_t m = 0; m < whole; m += TILE_M)
+            product_tile<T, X, TILE_V>(rho, dS + m * stride_sm, stride_sm, Q, d, dx + m * stride_dxm, stride_dxm);
+    for (; d + W <= D; d += W)
+        for (int64_t m = 0; m < whole; m += TILE_M)
+            product_tile<T, X, 1>(rho, dS + m * stride_sm, stride_sm, Q, d, dx + m * stride_dxm, stride_dxm);
+    for (int64_t m = 0; m < M; ++m)
+        for (int64_t e = m < whole ? d : 0; e < D; ++e) {
+            T total = 0;
+            for (int64_t p = 0; p < rho; ++p) total += dS[m * stride_sm + p] * Q[p][e];
+            store_as(dx + m * stride_dxm + e, total);
+        }
+}
+
+}  // namespace ADAMSS_ISA
