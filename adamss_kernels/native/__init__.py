@@ -6,6 +6,8 @@ onto its result, so that the update costs no pass over y or dx of its own.
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -40,28 +42,37 @@ def forward(
     keep_P: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `reference.forward`."""
-    (M, _), N, rho = x.shape, weight.shape[0], B.shape[0]
+    M, N = x.shape[0], weight.shape[0]
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
-    B = B.to(acc)
+    P = x.new_empty(0)
     if keep_P:
         At = basis.to(x.dtype).t()
         P = torch.mm(x, At) if basis_bias is None else torch.addmm(basis_bias.to(x.dtype), x, At)
-        source, Q, q = P, B.contiguous(), None
+        source, A, a = P, None, None
     else:
-        P = x.new_empty(0)
-        source, Q = _rows(x), torch.mm(B, basis.to(acc))
-        q = None if basis_bias is None else torch.mv(B, basis_bias.to(acc))
-    S = x.new_empty((M, rho) if keep_S else 0, dtype=acc)
+        source, A, a = _rows(x), _dense(basis, acc), _dense(basis_bias, acc)
+    bias, B, C = _dense(bias, x.dtype), _dense(B, acc), _dense(C, acc)
+    S = x.new_empty((M, B.shape[0]) if keep_S else 0, dtype=acc)
     y = x.new_empty(M, N)
-    bias = None if bias is None else bias.contiguous()
-    C = C.to(acc).contiguous()
-    layout = _layout(row_subspace, offsets, active, None)
     load().forward(
         ForwardArgs(
-            _DTYPES[x.dtype], M, source.shape[1], source.data_ptr(), source.stride(0), Q.data_ptr(), pointer(q),
-            pointer(bias), C.data_ptr(), C.shape[1], S.data_ptr() if keep_S else None, y.data_ptr(), layout,
+            dtype=_DTYPES[x.dtype],
+            M=M,
+            D=source.shape[1],
+            R=B.shape[1],
+            x=source.data_ptr(),
+            stride_xm=source.stride(0),
+            A=pointer(A),
+            a=pointer(a),
+            B=B.data_ptr(),
+            bias=pointer(bias),
+            C=C.data_ptr(),
+            r_max=C.shape[1],
+            S=S.data_ptr() if keep_S else None,
+            y=y.data_ptr(),
+            layout=_layout(row_subspace, offsets, active, None),
         )
-    )  # fmt: skip
+    )
     y.addmm_(x, weight.t())
     return y, S, P
 
@@ -84,54 +95,64 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute `reference.backward`."""
     need_dx, need_dweight, need_dbias, need_dB, need_dC = needs
-    (M, N), D, rho = dy.shape, weight.shape[1], B.shape[0]
     acc = torch.float64 if dy.dtype == torch.float64 else torch.float32
-    dx, dweight, dbias, dB, dC = (dy.new_empty(0, dtype=t.dtype) for t in (dy, dy, dy, B, C))
-
-    if need_dx or need_dB or need_dC:
-        dy = _rows(dy)
-        B_acc, C_acc = B.to(acc), C.to(acc).contiguous()
-        source = None
-        if need_dB:
-            source = x if P is None else P
-            assert source is not None
-            source = _rows(source)
-        width = 0 if source is None else source.shape[1]
-        Q = torch.mm(B_acc, basis.to(acc)) if need_dx else None
-        dx = dy.new_empty((M, D) if need_dx else 0)
-        dQ = dy.new_empty(rho, width, dtype=acc)
-        dq = dy.new_empty(rho, dtype=acc)
-        dC_acc = torch.empty_like(C_acc)
-        load().backward(
-            BackwardArgs(
-                _DTYPES[dy.dtype], M, width, dy.data_ptr(), dy.stride(0), pointer(source),
-                0 if source is None else source.stride(0), pointer(S if need_dC else None), D, pointer(Q),
-                C_acc.data_ptr(), C_acc.shape[1], dx.data_ptr() if need_dx else None,
-                dQ.data_ptr() if need_dB else None, dq.data_ptr(), dC_acc.data_ptr() if need_dC else None,
-                _layout(row_subspace, offsets, active, trainable),
-            )
-        )  # fmt: skip
-        if need_dx:
-            dx.addmm_(dy, weight)
-        if need_dB:
-            if P is None:
-                dQ = torch.mm(dQ, basis.to(acc).t())
-                if basis_bias is not None:
-                    dQ.addr_(dq, basis_bias.to(acc))
-            dB = dQ.to(B.dtype)
-        if need_dC:
-            dC = dC_acc.to(C.dtype)
+    rows, source, projection = _rows(dy), None, None
+    if need_dB and P is not None:
+        projection = _rows(P)
+    elif need_dB:
+        assert x is not None
+        source = _rows(x)
+    A, a, B_acc, C_acc = _dense(basis, acc), _dense(basis_bias, acc), _dense(B, acc), _dense(C, acc)
+    dx = dy.new_empty((dy.shape[0], weight.shape[1]) if need_dx else 0)
+    dB = B_acc.new_empty(B.shape if need_dB else 0)
+    dC = C_acc.new_empty(C.shape if need_dC else 0)
+    load().backward(
+        BackwardArgs(
+            dtype=_DTYPES[dy.dtype],
+            M=dy.shape[0],
+            D=weight.shape[1],
+            R=B.shape[1],
+            dy=rows.data_ptr(),
+            stride_dym=rows.stride(0),
+            x=pointer(source),
+            stride_xm=0 if source is None else source.stride(0),
+            P=pointer(projection),
+            stride_pm=0 if projection is None else projection.stride(0),
+            S=pointer(S) if need_dC else None,
+            A=pointer(A),
+            a=pointer(a),
+            B=B_acc.data_ptr(),
+            C=C_acc.data_ptr(),
+            r_max=C.shape[1],
+            dx=dx.data_ptr() if need_dx else None,
+            dB=dB.data_ptr() if need_dB else None,
+            dC=dC.data_ptr() if need_dC else None,
+            layout=_layout(row_subspace, offsets, active, trainable),
+        )
+    )
+    if need_dx:
+        dx.addmm_(dy, weight)
     if need_dweight:
         assert x is not None
         dweight = torch.mm(dy.t(), x)
-    if need_dbias:
-        dbias = dy.sum(0)
-    return dx, dweight, dbias, dB, dC
+    else:
+        dweight = dy.new_empty(0)
+    dbias = dy.sum(0) if need_dbias else dy.new_empty(0)
+    return dx, dweight, dbias, dB.to(B.dtype), dC.to(C.dtype)
 
 
 def _rows(t: Tensor) -> Tensor:
     """Return t (M, D) with contiguous rows, copied only where they are not (an expanded gradient, a transpose)."""
     return t if t.stride(1) == 1 else t.contiguous()
+
+
+@overload
+def _dense(t: Tensor, dtype: torch.dtype) -> Tensor: ...
+@overload
+def _dense(t: Tensor | None, dtype: torch.dtype) -> Tensor | None: ...
+def _dense(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Return t contiguous and of `dtype`, copied only where it is not."""
+    return t if t is None else t.to(dtype).contiguous()
 
 
 def _layout(row_subspace: Tensor, offsets: Tensor, active: Tensor | None, trainable: Tensor | None) -> Layout:

@@ -22,12 +22,8 @@ class Layout(ctypes.Structure):
     """`adamss_layout`."""
 
     _fields_ = (
-        ("N", c_int64),
-        ("K", c_int64),
-        ("row_subspace", c_void_p),
-        ("offsets", c_void_p),
-        ("active", c_void_p),
-        ("trainable", c_void_p),
+        *((name, c_int64) for name in ("N", "K")),
+        *((name, c_void_p) for name in ("row_subspace", "offsets", "active", "trainable")),
     )
 
 
@@ -35,18 +31,12 @@ class ForwardArgs(ctypes.Structure):
     """`adamss_forward_args`."""
 
     _fields_ = (
-        ("dtype", c_int64),
-        ("M", c_int64),
-        ("D", c_int64),
+        *((name, c_int64) for name in ("dtype", "M", "D", "R")),
         ("x", c_void_p),
         ("stride_xm", c_int64),
-        ("Q", c_void_p),
-        ("q", c_void_p),
-        ("bias", c_void_p),
-        ("C", c_void_p),
+        *((name, c_void_p) for name in ("A", "a", "B", "bias", "C")),
         ("r_max", c_int64),
-        ("S", c_void_p),
-        ("y", c_void_p),
+        *((name, c_void_p) for name in ("S", "y")),
         ("layout", Layout),
     )
 
@@ -55,22 +45,16 @@ class BackwardArgs(ctypes.Structure):
     """`adamss_backward_args`."""
 
     _fields_ = (
-        ("dtype", c_int64),
-        ("M", c_int64),
-        ("D", c_int64),
+        *((name, c_int64) for name in ("dtype", "M", "D", "R")),
         ("dy", c_void_p),
         ("stride_dym", c_int64),
         ("x", c_void_p),
         ("stride_xm", c_int64),
-        ("S", c_void_p),
-        ("D_out", c_int64),
-        ("Q", c_void_p),
-        ("C", c_void_p),
+        ("P", c_void_p),
+        ("stride_pm", c_int64),
+        *((name, c_void_p) for name in ("S", "A", "a", "B", "C")),
         ("r_max", c_int64),
-        ("dx", c_void_p),
-        ("dQ", c_void_p),
-        ("dq", c_void_p),
-        ("dC", c_void_p),
+        *((name, c_void_p) for name in ("dx", "dB", "dC")),
         ("layout", Layout),
     )
 

@@ -1,8 +1,8 @@
 // The library's C interface: what `adamss_kernels/native` calls through ctypes.
 //
-// Letters are those of docs/notation.md. Strides count elements; the last dimension is contiguous unless a stride is
-// given for it. Matrices of parameters and of sums (Q, q, C, S, dQ, dC) are in the accumulation dtype of x: double for
-// double, float otherwise.
+// Letters are those of docs/notation.md. Rows are contiguous; a stride, in elements, is given where rows need not follow
+// one another. x, bias, y and their gradients have the dtype that is named; everything else (A, a, B, C, S and their
+// gradients) has its accumulation dtype: double for double, float otherwise. P has the dtype of x.
 #pragma once
 
 #include <cstdint>
@@ -20,37 +20,41 @@ struct adamss_layout {
     const uint8_t* trainable;     // (K,)
 };
 
-// S = x Q^T + q, y = bias + S C^T: the update, written where the base GEMM then accumulates.
+// S = x Q^T + q with Q = B A and q = B a, y = bias + S C^T: the update, written where the base GEMM then accumulates.
 struct adamss_forward_args {
-    int64_t dtype, M, D;
-    const void* x;  // (M, D)
+    int64_t dtype, M, D, R;
+    const void* x;  // (M, D); or P (M, R), and then A and a are null, D = R and Q = B
     int64_t stride_xm;
-    const void* Q;     // (RHO, D) contiguous
-    const void* q;     // (RHO,) or null
+    const void* A;     // (R, D)
+    const void* a;     // (R,) or null
+    const void* B;     // (RHO, R)
     const void* bias;  // (N,) or null, dtype of x
-    const void* C;     // (N, r_max) contiguous
+    const void* C;     // (N, r_max)
     int64_t r_max;
-    void* S;  // (M, RHO) contiguous, or null where not wanted; columns of pruned subspaces are zero
-    void* y;  // (M, N) contiguous, dtype of x
+    void* S;  // (M, RHO), or null where not wanted; columns of pruned subspaces are zero
+    void* y;  // (M, N), dtype of x
     adamss_layout layout;
 };
 
-// dS = dy C, dC = dy^T S at the places of C, dQ = dS^T x, dx = dS Q; outputs may be null where not wanted.
+// dS = dy C, dC = dy^T S at the places of C, dB = (dS^T x) A^T + (sum_m dS) a^T or dS^T P, dx = dS Q.
+// Outputs may be null where not wanted; those of parameters are zero where a subspace is not active and trainable.
 struct adamss_backward_args {
-    int64_t dtype, M, D;
+    int64_t dtype, M, D, R;
     const void* dy;  // (M, N), dtype of x
     int64_t stride_dym;
-    const void* x;  // (M, D) for dQ
+    const void* x;  // (M, D) for dB, or null
     int64_t stride_xm;
-    const void* S;  // (M, RHO) contiguous, for dC
-    int64_t D_out;
-    const void* Q;  // (RHO, D_out) contiguous, for dx
-    const void* C;  // (N, r_max) contiguous
+    const void* P;  // (M, R) instead of x, or null
+    int64_t stride_pm;
+    const void* S;  // (M, RHO) for dC
+    const void* A;  // (R, D)
+    const void* a;  // (R,) or null
+    const void* B;  // (RHO, R)
+    const void* C;  // (N, r_max)
     int64_t r_max;
-    void* dx;   // (M, D_out) contiguous, dtype of x
-    void* dQ;   // (RHO, D) contiguous; rows that are not both active and trainable are zero
-    void* dq;   // (RHO,), sum of dS over tokens; likewise
-    void* dC;   // (N, r_max) contiguous; likewise
+    void* dx;  // (M, D), dtype of x
+    void* dB;  // (RHO, R)
+    void* dC;  // (N, r_max)
     adamss_layout layout;
 };
 

@@ -14,21 +14,22 @@ constexpr int64_t BLOCK_M = 64;
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// The columns of S that are not pruned, in order, and where each subspace starts among them (-1: pruned).
+// The columns of S that are not pruned, those that learn first, and where each subspace starts among them.
 struct Columns {
-    int64_t count = 0;
+    int64_t count = 0, learning = 0;
     Buffer<int32_t> column;  // (count,): compact -> full
-    Buffer<bool> learns;     // (count,): whether B and C get a gradient here
-    Buffer<int32_t> start;   // (K,)
+    Buffer<int32_t> start;   // (K,), -1 where pruned
 
-    Columns(const adamss_layout& l, bool only_learning) : column(l.offsets[l.K]), learns(l.offsets[l.K]), start(l.K) {
-        for (int64_t k = 0; k < l.K; ++k) {
-            const bool active = !l.active || l.active[k], learning = active && (!l.trainable || l.trainable[k]);
-            start[k] = (only_learning ? learning : active) ? int32_t(count) : -1;
-            for (int32_t p = l.offsets[k]; p < l.offsets[k + 1] && start[k] >= 0; ++p, ++count) {
-                column[count] = p;
-                learns[count] = learning;
+    explicit Columns(const adamss_layout& l) : column(l.offsets[l.K]), start(l.K) {
+        for (int64_t k = 0; k < l.K; ++k) start[k] = -1;
+        for (int pass = 0; pass < 2; ++pass) {
+            for (int64_t k = 0; k < l.K; ++k) {
+                const bool learns = !l.trainable || l.trainable[k];
+                if ((l.active && !l.active[k]) || learns != (pass == 0)) continue;
+                start[k] = int32_t(count);
+                for (int32_t p = l.offsets[k]; p < l.offsets[k + 1]; ++p) column[count++] = p;
             }
+            if (pass == 0) learning = count;
         }
     }
 };
@@ -63,14 +64,12 @@ struct Rows {
     }
 };
 
-// ---------------------------------------------------------------------------------------------------------------------
-
-// C and the columns that it multiplies, transposed to run along N; rows of pruned subspaces get coefficient zero.
+// C and the compact columns that it multiplies, transposed to run along N; rows of pruned subspaces get zero.
 template <class T>
 struct Coefficients {
     int64_t r_max = 0, stride;
     Buffer<T> value;        // (r_max, stride)
-    Buffer<int32_t> index;  // (r_max, stride), compact columns
+    Buffer<int32_t> index;  // (r_max, stride)
 
     Coefficients(const adamss_layout& l, const T* C, int64_t stride_c, const Columns& columns)
         : stride(round_up(l.N, Vector<T>::width)) {
@@ -89,253 +88,258 @@ struct Coefficients {
     }
 };
 
-// y[m] = bias + sum_j S[m, index[j]] * value[j] for TILE_M tokens.
+// Rows of Q = B A and entries of q = B a for the compact columns; Q = B where there is no A.
+template <class T>
+struct Projection {
+    Buffer<T> values;
+    Buffer<const T*> Q;  // (count,) rows
+    Buffer<T> q;         // (count,)
+
+    Projection(const Columns& columns, const T* B, const T* A, const T* a, int64_t R, int64_t D)
+        : values(A ? round_up(columns.count, TILE_M) * D : 0), Q(columns.count), q(columns.count) {
+        for (int64_t p = 0; p < columns.count; ++p) Q[p] = B + columns.column[p] * R;
+        if (!A) return;
+        // Whole tiles of rows, the last ones zero.
+        const int64_t rho = round_up(columns.count, TILE_M);
+        Buffer<T> compact(rho * R);
+        for (int64_t p = 0; p < columns.count; ++p) {
+            std::memcpy(compact.data() + p * R, Q[p], R * sizeof(T));
+            for (int64_t i = 0; a && i < R; ++i) q[p] += Q[p][i] * a[i];
+            Q[p] = values.data() + p * D;
+        }
+        constexpr int64_t SPAN = 256;
+        parallel_blocks((D + SPAN - 1) / SPAN, [&](int64_t block) {
+            const int64_t d = block * SPAN;
+            Buffer<const T*> rows(R);
+            for (int64_t i = 0; i < R; ++i) rows[i] = A + i * D + d;
+            product_block<T, T>(rho, smaller(SPAN, D - d), R, compact.data(), R, rows.data(), values.data() + d, D);
+        });
+    }
+};
+
+// The form of `kernel` whose `Row` holds `rho` columns, in registers where they suffice.
+template <class T, class Kernel>
+auto for_rho(int64_t rho, const Kernel& kernel) {
+    if (rho <= Row<T, 1>::capacity) return kernel(Tile<1>());
+    if (rho <= Row<T, 2>::capacity) return kernel(Tile<2>());
+    if (rho <= Row<T, 4>::capacity) return kernel(Tile<4>());
+    return kernel(Tile<0>());
+}
+
+// A `Row` reads whole registers past the end of a row of S.
+template <class T>
+int64_t padded_rho(const Columns& columns) {
+    return round_up(larger(columns.count, 1), 4 * Vector<T>::width);
+}
+
+// y[m] = bias + sum_j S[m, index[j]] value[j] for TILE_M tokens.
 template <class T, class X, int Registers>
-void update_rows(int64_t N, const T* S, int64_t stride_sm, const Coefficients<T>& c, const T* bias, X* const y[TILE_M]) {
+void update_tile(int64_t N, const T* S, int64_t stride_sm, const Coefficients<T>& c, const T* bias,
+                 X* const y[TILE_M]) {
     constexpr int W = Vector<T>::width;
     using Held = Row<T, Registers>;
     const Held held[TILE_M] = {Held(S), Held(S + stride_sm), Held(S + 2 * stride_sm), Held(S + 3 * stride_sm)};
-    for (int64_t i = 0; i < c.stride; i += W) {
+    const int64_t whole = N / W * W;
+    for (int64_t i = 0; i < whole; i += W) {
         vec<T> total[TILE_M];
-        for (int m = 0; m < TILE_M; ++m) total[m] = load(bias + i);
+        ADAMSS_UNROLL for (int m = 0; m < TILE_M; ++m) total[m] = load(bias + i);
         for (int64_t j = 0; j < c.r_max; ++j) {
             const vec<T> value = load(c.value.data() + j * c.stride + i);
             const int32_t* index = c.index.data() + j * c.stride + i;
-            for (int m = 0; m < TILE_M; ++m) total[m] += held[m][index] * value;
+            ADAMSS_UNROLL for (int m = 0; m < TILE_M; ++m) total[m] += held[m][index] * value;
         }
-        if (i + W <= N) {
-            for (int m = 0; m < TILE_M; ++m) store_as(y[m] + i, total[m]);
-        } else {
-            for (int m = 0; m < TILE_M; ++m)
-                for (int64_t e = i; e < N; ++e) store_as(y[m] + e, total[m][e - i]);
-        }
+        ADAMSS_UNROLL for (int m = 0; m < TILE_M; ++m) store_as(y[m] + i, total[m]);
     }
+    for (int64_t i = whole; i < N; ++i)
+        for (int m = 0; m < TILE_M; ++m) {
+            T total = bias[i];
+            for (int64_t j = 0; j < c.r_max; ++j)
+                total += S[m * stride_sm + c.index[j * c.stride + i]] * c.value[j * c.stride + i];
+            store_as(y[m] + i, total);
+        }
 }
 
 template <class T, class X>
-void forward(const adamss_forward_args& a) {
-    const adamss_layout& l = a.layout;
-    const Columns columns(l, false);
-    const int64_t rho = columns.count, rho_full = l.offsets[l.K];
-    const Coefficients<T> coefficients(l, static_cast<const T*>(a.C), a.r_max, columns);
-    // Whole registers are read past the end of each row of S.
-    const int64_t stride_sm = round_up(larger(rho, 1), 4 * Vector<T>::width);
+void forward(const adamss_forward_args& args) {
+    const adamss_layout& l = args.layout;
+    const Columns columns(l);
+    const int64_t rho = columns.count, rho_full = l.offsets[l.K], stride_sm = padded_rho<T>(columns);
+    const Coefficients<T> coefficients(l, static_cast<const T*>(args.C), args.r_max, columns);
+    const Projection<T> projection(columns, static_cast<const T*>(args.B), static_cast<const T*>(args.A),
+                                   static_cast<const T*>(args.a), args.R, args.D);
+    Buffer<T> bias(coefficients.stride);
+    if (args.bias) to_arithmetic(static_cast<const X*>(args.bias), bias.data(), l.N);
+    const auto update = for_rho<T>(rho, [](auto held) { return update_tile<T, X, decltype(held)::value>; });
 
-    Buffer<const T*> Q(rho);
-    Buffer<T> q(rho), bias(coefficients.stride);
-    for (int64_t p = 0; p < rho; ++p) {
-        Q[p] = static_cast<const T*>(a.Q) + columns.column[p] * a.D;
-        if (a.q) q[p] = static_cast<const T*>(a.q)[columns.column[p]];
-    }
-    if (a.bias) to_arithmetic(static_cast<const X*>(a.bias), bias.data(), l.N);
-
-    auto update = update_rows<T, X, 0>;
-    if (rho <= Row<T, 1>::capacity) update = update_rows<T, X, 1>;
-    else if (rho <= Row<T, 2>::capacity) update = update_rows<T, X, 2>;
-    else if (rho <= Row<T, 4>::capacity) update = update_rows<T, X, 4>;
-
-    parallel_blocks((a.M + BLOCK_M - 1) / BLOCK_M, [&](int64_t block) {
-        const int64_t begin = block * BLOCK_M, M = smaller(BLOCK_M, a.M - begin), padded = round_up(M, TILE_M);
+    parallel_blocks((args.M + BLOCK_M - 1) / BLOCK_M, [&](int64_t block) {
+        const int64_t begin = block * BLOCK_M, M = smaller(BLOCK_M, args.M - begin);
         Rows<T, X> x;
-        x.take(static_cast<const X*>(a.x) + begin * a.stride_xm, a.stride_xm, M, padded, a.D);
-        Buffer<T> S(padded * stride_sm);
-        dot_block<T>(padded, a.D, x.p, x.stride, rho, Q.data(), q.data(), S.data(), stride_sm);
-
-        if (a.S) {
-            T* out = static_cast<T*>(a.S) + begin * rho_full;
-            if (rho < rho_full) std::memset(out, 0, M * rho_full * sizeof(T));
-            for (int64_t m = 0; m < M; ++m)
-                for (int64_t p = 0; p < rho; ++p) out[m * rho_full + columns.column[p]] = S[m * stride_sm + p];
-        }
-        X* y = static_cast<X*>(a.y) + begin * l.N;
-        for (int64_t m = 0; m < padded; m += TILE_M) {
+        Buffer<T> S(TILE_M * stride_sm);
+        for (int64_t m = begin; m < begin + M; m += TILE_M) {
+            const int64_t tokens = smaller(TILE_M, begin + M - m);
+            x.take(static_cast<const X*>(args.x) + m * args.stride_xm, args.stride_xm, tokens, TILE_M, args.D);
+            dot_block<T>(TILE_M, args.D, x.p, x.stride, rho, projection.Q.data(), projection.q.data(), S.data(),
+                         stride_sm);
+            if (args.S) {
+                T* const out = static_cast<T*>(args.S) + m * rho_full;
+                if (rho < rho_full) std::memset(out, 0, tokens * rho_full * sizeof(T));
+                for (int64_t i = 0; i < tokens; ++i)
+                    for (int64_t p = 0; p < rho; ++p) out[i * rho_full + columns.column[p]] = S[i * stride_sm + p];
+            }
             // Rows that pad the last tile are copies of its last real row and write the same values there.
             X* rows[TILE_M];
-            for (int i = 0; i < TILE_M; ++i) rows[i] = y + smaller(m + i, M - 1) * l.N;
-            update(l.N, S.data() + m * stride_sm, stride_sm, coefficients, bias.data(), rows);
+            for (int64_t i = 0; i < TILE_M; ++i) rows[i] = static_cast<X*>(args.y) + (m + smaller(i, tokens - 1)) * l.N;
+            update(l.N, S.data(), stride_sm, coefficients, bias.data(), rows);
         }
     });
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-
-// The rows of each subspace one after the other, padded to whole registers, so that sums over a subspace are
-// sums over neighbours; `row` of padding is a valid row, its coefficients are zero.
-template <class T>
-struct Sorted {
-    struct Run {
-        int64_t begin, end;  // in sorted positions
-        int32_t p, rank;     // first compact column, columns
-    };
-    Buffer<Run> runs;
-    int64_t num_runs = 0, length = 0, r_max = 0;
-    Buffer<int32_t> row;  // (length,)
-    Buffer<bool> real;    // (length,)
-    Buffer<T> value;      // (r_max, length)
-
-    Sorted(const adamss_layout& l, const T* C, int64_t stride_c, const Columns& columns) : runs(l.K) {
-        Buffer<int64_t> count(l.K), at(l.K);
-        for (int64_t i = 0; i < l.N; ++i) ++count[l.row_subspace[i]];
-        for (int64_t k = 0; k < l.K; ++k) {
-            if (columns.start[k] < 0) continue;
-            const int32_t rank = l.offsets[k + 1] - l.offsets[k];
-            at[k] = length;
-            length += round_up(count[k], Vector<T>::width);
-            runs[num_runs++] = {at[k], length, columns.start[k], rank};
-            r_max = larger(r_max, rank);
-        }
-        row.resize(length);
-        real.resize(length);
-        value.resize(r_max * length);
-        for (int64_t i = 0; i < l.N; ++i) {
-            const int32_t k = l.row_subspace[i];
-            if (columns.start[k] < 0) continue;
-            const int64_t s = at[k]++;
-            row[s] = int32_t(i), real[s] = true;
-            for (int32_t j = 0; j < l.offsets[k + 1] - l.offsets[k]; ++j) value[j * length + s] = C[i * stride_c + j];
-        }
-    }
-};
-
-// For TILE_M tokens and R columns of one subspace: dS = dy C over its rows and, with Learns, dC += dy^T S.
-template <class T, int R, bool Learns>
-void subspace_tile(const int32_t* row, int64_t count, const T* const dy[TILE_M], const T* value, const T* S, T* dS,
-                   int64_t stride_sm, T* dC, int64_t stride_c) {
+// dC[j] += sum_m dy[m] S[m, index[j]] for TILE_M tokens, laid out like the coefficients.
+template <class T, int Registers>
+void coefficient_grad_tile(int64_t N, const T* const dy[TILE_M], const T* S, int64_t stride_sm,
+                           const Coefficients<T>& c, T* dC) {
     constexpr int W = Vector<T>::width;
-    vec<T> total[R][TILE_M] = {};
-    T s[R][TILE_M];
-    for (int j = 0; j < R; ++j)
-        for (int m = 0; m < TILE_M; ++m) s[j][m] = Learns ? S[m * stride_sm + j] : T(0);
-    for (int64_t i = 0; i < count; i += W) {
+    using Held = Row<T, Registers>;
+    const Held held[TILE_M] = {Held(S), Held(S + stride_sm), Held(S + 2 * stride_sm), Held(S + 3 * stride_sm)};
+    const int64_t whole = N / W * W;
+    for (int64_t i = 0; i < whole; i += W) {
         vec<T> dy_m[TILE_M];
-        for (int m = 0; m < TILE_M; ++m) dy_m[m] = gather<T>(dy[m], row + i);
-        for (int j = 0; j < R; ++j) {
-            const vec<T> value_j = load(value + j * stride_c + i);
-            for (int m = 0; m < TILE_M; ++m) total[j][m] += dy_m[m] * value_j;
-            if constexpr (Learns) {
-                vec<T> grad = load(dC + j * stride_c + i);
-                for (int m = 0; m < TILE_M; ++m) grad += dy_m[m] * s[j][m];
-                store(dC + j * stride_c + i, grad);
-            }
+        for (int m = 0; m < TILE_M; ++m) dy_m[m] = load(dy[m] + i);
+        for (int64_t j = 0; j < c.r_max; ++j) {
+            const int32_t* index = c.index.data() + j * c.stride + i;
+            T* const out = dC + j * c.stride + i;
+            vec<T> total = load(out);
+            for (int m = 0; m < TILE_M; ++m) total += held[m][index] * dy_m[m];
+            store(out, total);
         }
     }
-    for (int j = 0; j < R; ++j) {
-        T sums[TILE_M];
-        sum4<T>(total[j], sums);
-        for (int m = 0; m < TILE_M; ++m) dS[m * stride_sm + j] = sums[m];
-    }
-}
-
-// All columns of one subspace, at most 3 at a time: past that the registers are full and gathering again is cheaper.
-template <class T, bool Learns>
-void subspace(const Sorted<T>& c, const typename Sorted<T>::Run& run, const T* const dy[TILE_M], const T* S, T* dS,
-              int64_t stride_sm, T* dC) {
-    const int32_t* row = c.row.data() + run.begin;
-    const int64_t count = run.end - run.begin;
-    for (int32_t j = 0; j < run.rank;) {
-        const int64_t at = j * c.length + run.begin;
-        auto tile = subspace_tile<T, 1, Learns>;
-        const int32_t columns = int32_t(smaller(run.rank - j, 3));
-        if (columns == 2) tile = subspace_tile<T, 2, Learns>;
-        if (columns == 3) tile = subspace_tile<T, 3, Learns>;
-        tile(row, count, dy, c.value.data() + at, S + run.p + j, dS + run.p + j, stride_sm, dC + at, c.length);
-        j += columns;
-    }
+    for (int64_t j = 0; j < c.r_max; ++j)
+        for (int64_t i = whole; i < N; ++i)
+            for (int m = 0; m < TILE_M; ++m)
+                dC[j * c.stride + i] += dy[m][i] * S[m * stride_sm + c.index[j * c.stride + i]];
 }
 
 template <class T, class X>
-void backward(const adamss_backward_args& a) {
-    const adamss_layout& l = a.layout;
-    const Columns columns(l, a.dx == nullptr);
-    const int64_t rho = columns.count, rho_full = l.offsets[l.K];
-    const int64_t stride_sm = round_up(larger(rho, 1), Vector<T>::width);
-    const Sorted<T> sorted(l, static_cast<const T*>(a.C), a.r_max, columns);
+void backward(const adamss_backward_args& args) {
+    const adamss_layout& l = args.layout;
+    const Columns columns(l);
+    // Without dx, only the columns that learn matter; they come first.
+    const int64_t rho = args.dx ? columns.count : columns.learning, learning = columns.learning;
+    const int64_t N = l.N, rho_full = l.offsets[l.K], stride_sm = padded_rho<T>(columns);
+    const T *const A = static_cast<const T*>(args.A), *const a = static_cast<const T*>(args.a);
+    const Coefficients<T> coefficients(l, static_cast<const T*>(args.C), args.r_max, columns);
+    const auto add_dC = for_rho<T>(columns.count, [](auto held) {
+        return coefficient_grad_tile<T, decltype(held)::value>;
+    });
 
-    Buffer<const T*> Q(rho);
-    for (int64_t p = 0; p < rho && a.dx; ++p) Q[p] = static_cast<const T*>(a.Q) + columns.column[p] * a.D_out;
+    // C^T, dense: dS is one more skinny product, which costs less than gathering dy by subspace.
+    Buffer<T> Ct(rho * N);
+    Buffer<const T*> Ct_rows(rho);
+    for (int64_t j = 0; j < coefficients.r_max; ++j)
+        for (int64_t i = 0; i < N; ++i) {
+            const T value = coefficients.value[j * coefficients.stride + i];
+            const int64_t p = coefficients.index[j * coefficients.stride + i];
+            // Entries without a column are zero and point at column 0.
+            if (p < rho && value != T(0)) Ct[p * N + i] = value;
+        }
+    for (int64_t p = 0; p < rho; ++p) Ct_rows[p] = Ct.data() + p * N;
+
+    const Columns none(adamss_layout{0, 0, nullptr, l.offsets, nullptr, nullptr});
+    const Projection<T> projection(args.dx ? columns : none, static_cast<const T*>(args.B), A, nullptr, args.R, args.D);
 
     // Partial sums over fixed shares of the tokens, added in order: the same bits on any number of threads.
-    const int64_t shares = larger(1, smaller(a.M / 128, 16));
-    const int64_t share_M = round_up((a.M + shares - 1) / shares, BLOCK_M);
-    const int64_t size_dQ = a.dQ ? rho * a.D : 0, size_dC = a.dC ? sorted.r_max * sorted.length : 0;
-    const int64_t size = size_dQ + rho + size_dC;
+    const int64_t shares = larger(1, smaller(args.M / 128, 16));
+    const int64_t share_M = round_up((args.M + shares - 1) / shares, BLOCK_M);
+    const int64_t width = args.P ? args.R : args.D;
+    const int64_t size_dQ = args.dB ? learning * width : 0, size_dC = args.dC ? coefficients.r_max * coefficients.stride : 0;
+    const int64_t size = size_dQ + learning + size_dC;
     Buffer<T> partial(shares * size);
 
     parallel_blocks(shares, [&](int64_t share) {
         T* const dQ_share = partial.data() + share * size;
         T* const dq_share = dQ_share + size_dQ;
-        T* const dC_share = dq_share + rho;
-        Buffer<T*> dQ(rho);
-        for (int64_t p = 0; p < rho; ++p) dQ[p] = dQ_share + (a.dQ ? p * a.D : 0);
+        T* const dC_share = dq_share + learning;
+        Buffer<T*> dQ(learning);
+        for (int64_t p = 0; p < learning; ++p) dQ[p] = dQ_share + (args.dB ? p * width : 0);
         Buffer<T> S(TILE_M * stride_sm), dS(BLOCK_M * stride_sm);
         Rows<T, X> dy, x;
 
-        const int64_t end = smaller(a.M, (share + 1) * share_M);
+        const int64_t end = smaller(args.M, (share + 1) * share_M);
         for (int64_t begin = share * share_M; begin < end; begin += BLOCK_M) {
             const int64_t M = smaller(BLOCK_M, end - begin);
             for (int64_t m = 0; m < M; m += TILE_M) {
                 const int64_t tokens = smaller(TILE_M, M - m);
-                dy.take(static_cast<const X*>(a.dy) + (begin + m) * a.stride_dym, a.stride_dym, tokens, TILE_M, l.N);
+                dy.take(static_cast<const X*>(args.dy) + (begin + m) * args.stride_dym, args.stride_dym, tokens, TILE_M,
+                        N);
+                dot_block<T>(TILE_M, N, dy.p, dy.stride, rho, Ct_rows.data(), nullptr, dS.data() + m * stride_sm,
+                             stride_sm);
+                if (!args.dC || !learning) continue;
                 const T* rows[TILE_M];
-                for (int i = 0; i < TILE_M; ++i) {
+                for (int64_t i = 0; i < TILE_M; ++i) {
                     rows[i] = dy.p + i * dy.stride;
-                    // A token that only pads the tile must not count in dC.
-                    for (int64_t p = 0; p < rho; ++p)
-                        S[i * stride_sm + p] =
-                            i < tokens && a.dC
-                                ? static_cast<const T*>(a.S)[(begin + m + i) * rho_full + columns.column[p]]
-                                : T(0);
+                    // A token that only pads the tile must not count.
+                    const T* const from = static_cast<const T*>(args.S) + (begin + m + i) * rho_full;
+                    for (int64_t p = 0; p < columns.count; ++p)
+                        S[i * stride_sm + p] = i < tokens ? from[columns.column[p]] : T(0);
                 }
-                for (int64_t k = 0; k < sorted.num_runs; ++k) {
-                    const auto& run = sorted.runs[k];
-                    auto kernel = a.dC && columns.learns[run.p] ? subspace<T, true> : subspace<T, false>;
-                    kernel(sorted, run, rows, S.data(), dS.data() + m * stride_sm, stride_sm, dC_share);
-                }
+                add_dC(N, rows, S.data(), stride_sm, coefficients, dC_share);
             }
-            if (a.dQ) {
-                x.take(static_cast<const X*>(a.x) + begin * a.stride_xm, a.stride_xm, M, M, a.D);
-                for (int64_t p = 0, next; p < rho; p = next) {
-                    // Neighbouring columns that learn go together.
-                    for (next = p + 1; next < rho && columns.learns[next] == columns.learns[p];) ++next;
-                    if (columns.learns[p])
-                        outer_block<T>(M, a.D, x.p, x.stride, next - p, dS.data() + p, stride_sm, dQ.data() + p);
-                }
+            if (args.dB && learning) {
+                if (args.P)
+                    x.take(static_cast<const X*>(args.P) + begin * args.stride_pm, args.stride_pm, M, M, args.R);
+                else
+                    x.take(static_cast<const X*>(args.x) + begin * args.stride_xm, args.stride_xm, M, M, args.D);
+                outer_block<T>(M, width, x.p, x.stride, learning, dS.data(), stride_sm, dQ.data());
                 for (int64_t m = 0; m < M; ++m)
-                    for (int64_t p = 0; p < rho; ++p) dq_share[p] += dS[m * stride_sm + p];
+                    for (int64_t p = 0; p < learning; ++p) dq_share[p] += dS[m * stride_sm + p];
             }
-            if (a.dx)
-                product_block<T, X>(M, a.D_out, rho, dS.data(), stride_sm, Q.data(),
-                                    static_cast<X*>(a.dx) + begin * a.D_out, a.D_out);
+            if (args.dx)
+                product_block<T, X>(M, args.D, rho, dS.data(), stride_sm, projection.Q.data(),
+                                    static_cast<X*>(args.dx) + begin * args.D, args.D);
         }
     });
 
-    auto total = [&](int64_t at) {
-        T t = 0;
-        for (int64_t share = 0; share < shares; ++share) t += partial[share * size + at];
-        return t;
-    };
-    if (a.dQ) {
-        T *const dQ = static_cast<T*>(a.dQ), *const dq = static_cast<T*>(a.dq);
-        std::memset(dQ, 0, rho_full * a.D * sizeof(T));
-        std::memset(dq, 0, rho_full * sizeof(T));
-        parallel_blocks(rho, [&](int64_t p) {
-            if (!columns.learns[p]) return;
-            T* const out = dQ + columns.column[p] * a.D;
-            for (int64_t share = 0; share < shares; ++share) {
-                const T* in = partial.data() + share * size + p * a.D;
-                for (int64_t d = 0; d < a.D; ++d) out[d] += in[d];
+    // The first share collects the others.
+    T* const total = partial.data();
+    constexpr int64_t SPAN = 4096;
+    parallel_blocks((size + SPAN - 1) / SPAN, [&](int64_t block) {
+        const int64_t end = smaller(size, (block + 1) * SPAN);
+        for (int64_t share = 1; share < shares; ++share)
+            for (int64_t i = block * SPAN; i < end; ++i) total[i] += total[share * size + i];
+    });
+    if (args.dB) {
+        T* const dB = static_cast<T*>(args.dB);
+        std::memset(dB, 0, rho_full * args.R * sizeof(T));
+        for (int64_t p = 0; p < learning && args.P; ++p)
+            std::memcpy(dB + columns.column[p] * args.R, total + p * width, args.R * sizeof(T));
+        // dB = dQ A^T + dq a^T, one tile of columns of R at a time.
+        parallel_blocks(args.P ? 0 : (args.R + TILE_P - 1) / TILE_P, [&](int64_t block) {
+            const int64_t r = block * TILE_P, count = smaller(TILE_P, args.R - r);
+            const T* rows[TILE_P];
+            for (int64_t i = 0; i < count; ++i) rows[i] = A + (r + i) * args.D;
+            for (int64_t p = 0; p < learning; p += TILE_M) {
+                const int64_t tile = smaller(TILE_M, learning - p);
+                const T* dQ[TILE_M];
+                for (int64_t i = 0; i < TILE_M; ++i) dQ[i] = total + (p + smaller(i, tile - 1)) * width;
+                T sums[TILE_M * TILE_P];
+                for_tiles(count, [&](auto columns_of_R, int64_t first) {
+                    dot_tile<T, decltype(columns_of_R)::value>(args.D, dQ, rows + first, nullptr, sums + first, TILE_P);
+                });
+                for (int64_t i = 0; i < tile; ++i)
+                    for (int64_t j = 0; j < count; ++j)
+                        dB[columns.column[p + i] * args.R + r + j] =
+                            sums[i * TILE_P + j] + (a ? total[size_dQ + p + i] * a[r + j] : T(0));
             }
-            dq[columns.column[p]] = total(size_dQ + p);
         });
     }
-    if (a.dC) {
-        T* const dC = static_cast<T*>(a.dC);
-        std::memset(dC, 0, l.N * a.r_max * sizeof(T));
-        for (int64_t k = 0; k < sorted.num_runs; ++k) {
-            const auto& run = sorted.runs[k];
-            for (int64_t s = run.begin; s < run.end && columns.learns[run.p]; ++s)
-                for (int32_t j = 0; j < run.rank && sorted.real[s]; ++j)
-                    dC[sorted.row[s] * a.r_max + j] = total(size_dQ + rho + j * sorted.length + s);
+    if (args.dC) {
+        T* const dC = static_cast<T*>(args.dC);
+        std::memset(dC, 0, N * args.r_max * sizeof(T));
+        for (int64_t i = 0; i < N; ++i) {
+            const int32_t k = l.row_subspace[i];
+            if (columns.start[k] < 0 || columns.start[k] >= learning) continue;
+            for (int32_t j = 0; j < l.offsets[k + 1] - l.offsets[k]; ++j)
+                dC[i * args.r_max + j] = total[size_dQ + learning + j * coefficients.stride + i];
         }
     }
 }

@@ -9,7 +9,7 @@ namespace ADAMSS_ISA {
 #if defined(__AVX512F__)
 constexpr int TILE_P = 5, TILE_V = 4;  // 4 x 5 + 4 + 1 and 5 x 4 + 4 + 1 of 32 registers
 #else
-constexpr int TILE_P = 2, TILE_V = 2;  // 4 x 2 + 4 + 1 and 2 x 2 + 2 + 1 of 16 registers
+constexpr int TILE_P = 2, TILE_V = 2;  // 4 x 2 + 4 + 1 and 4 x 2 + 2 + 1 of 16 registers
 #endif
 constexpr int TILE_M = 4;
 
@@ -27,14 +27,14 @@ void dot_tile(int64_t D, const T* const x[TILE_M], const T* const* Q, const T* q
             for (int m = 0; m < TILE_M; ++m) total[p][m] += x_d[m] * Q_d;
         }
     }
-    for (int p = 0; p < P; ++p) {
+    ADAMSS_UNROLL for (int p = 0; p < P; ++p) {
         T s[TILE_M];
         sum4<T>(total[p], s);
-        for (int m = 0; m < TILE_M; ++m) {
-            for (int64_t e = d; e < D; ++e) s[m] += x[m][e] * Q[p][e];
-            S[m * stride_sm + p] = s[m] + (q ? q[p] : T(0));
-        }
+        ADAMSS_UNROLL for (int m = 0; m < TILE_M; ++m) S[m * stride_sm + p] = s[m] + (q ? q[p] : T(0));
     }
+    for (; d < D; ++d)
+        for (int p = 0; p < P; ++p)
+            for (int m = 0; m < TILE_M; ++m) S[m * stride_sm + p] += x[m][d] * Q[p][d];
 }
 
 // dQ[p, d] += sum_m dS[m, p] x[m, d] for P rows of dQ and V registers of columns, along M.
@@ -75,6 +75,24 @@ void product_tile(int64_t rho, const T* dS, int64_t stride_sm, const T* const* Q
 
 // The products over whole blocks: tiles, then what is left over.
 
+template <int P>
+struct Tile {
+    static constexpr int value = P;
+};
+
+// Cut `rho` columns into tiles of TILE_P and one smaller: f(Tile<columns>, first column).
+template <class F>
+void for_tiles(int64_t rho, const F& f) {
+    int64_t p = 0;
+    for (; p + TILE_P <= rho; p += TILE_P) f(Tile<TILE_P>(), p);
+    switch (rho - p) {
+        case 1: return f(Tile<1>(), p);
+        case 2: return f(Tile<2>(), p);
+        case 3: return f(Tile<3>(), p);
+        case 4: return f(Tile<4>(), p);
+    }
+}
+
 // S (M, rho), M a multiple of TILE_M, leading dimension stride_sm.
 template <class T>
 void dot_block(int64_t M, int64_t D, const T* x, int64_t stride_xm, int64_t rho, const T* const* Q, const T* q, T* S,
@@ -82,11 +100,9 @@ void dot_block(int64_t M, int64_t D, const T* x, int64_t stride_xm, int64_t rho,
     for (int64_t m = 0; m < M; m += TILE_M) {
         const T* rows[TILE_M];
         for (int i = 0; i < TILE_M; ++i) rows[i] = x + (m + i) * stride_xm;
-        int64_t p = 0;
-        for (; p + TILE_P <= rho; p += TILE_P)
-            dot_tile<T, TILE_P>(D, rows, Q + p, q ? q + p : nullptr, S + m * stride_sm + p, stride_sm);
-        for (; p < rho; ++p)
-            dot_tile<T, 1>(D, rows, Q + p, q ? q + p : nullptr, S + m * stride_sm + p, stride_sm);
+        for_tiles(rho, [&](auto tile, int64_t p) {
+            dot_tile<T, decltype(tile)::value>(D, rows, Q + p, q ? q + p : nullptr, S + m * stride_sm + p, stride_sm);
+        });
     }
 }
 
@@ -108,10 +124,9 @@ void outer_rows(int64_t M, int64_t D, const T* x, int64_t stride_xm, const T* dS
 template <class T>
 void outer_block(int64_t M, int64_t D, const T* x, int64_t stride_xm, int64_t rho, const T* dS, int64_t stride_sm,
                  T* const* dQ) {
-    int64_t p = 0;
-    for (; p + TILE_P <= rho; p += TILE_P)
-        outer_rows<T, TILE_P>(M, D, x, stride_xm, dS + p, stride_sm, dQ + p);
-    for (; p < rho; ++p) outer_rows<T, 1>(M, D, x, stride_xm, dS + p, stride_sm, dQ + p);
+    for_tiles(rho, [&](auto tile, int64_t p) {
+        outer_rows<T, decltype(tile)::value>(M, D, x, stride_xm, dS + p, stride_sm, dQ + p);
+    });
 }
 
 // dx (M, D) = dS Q; M tokens of dS are padded to a multiple of TILE_M, the rows of dx past `M` are not written.

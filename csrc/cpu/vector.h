@@ -15,6 +15,9 @@
 #define ADAMSS_VECTOR_BYTES 16
 #endif
 
+// Loops over registers are unrolled, so that arrays of registers are registers.
+#define ADAMSS_UNROLL _Pragma("GCC unroll 16")
+
 namespace ADAMSS_ISA {
 
 // bfloat16 is storage only: arithmetic is in float.
