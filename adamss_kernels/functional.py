@@ -61,24 +61,55 @@ def adamss_linear(
     _check_shapes(x, weight, bias, basis, basis_bias, B, C, layout, active, trainable)
     if save_for_backward not in SAVE_FOR_BACKWARD:
         raise ValueError(f"save_for_backward: expected one of {SAVE_FOR_BACKWARD}, got {save_for_backward!r}")
+    operands = (weight, bias, basis, basis_bias, B, C, layout.row_subspace, layout.offsets, active, trainable)
+    return apply(x, *operands, save_for_backward, backend)
 
+
+def apply(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    basis: Tensor,
+    basis_bias: Tensor | None,
+    B: Tensor,
+    C: Tensor,
+    row_subspace: Tensor,
+    offsets: Tensor,
+    active: Tensor | None,
+    trainable: Tensor | None,
+    save_for_backward: str,
+    backend: str,
+) -> Tensor:
+    """Compute `adamss_linear` for operands that are known to fit one another, but for x and dtypes."""
     device_type = x.device.type
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         # As autocast does: float64 is left alone.
         x, weight = (t if t.dtype == torch.float64 else t.to(dtype) for t in (x, weight))
         bias = bias if bias is None or bias.dtype == torch.float64 else bias.to(dtype)
-    for name, tensor in (("x", x), ("bias", bias)):
-        if tensor is not None and tensor.dtype != weight.dtype:
-            raise TypeError(f"{name}: expected the dtype of weight, {weight.dtype}, got {tensor.dtype}")
+    if x.dtype != weight.dtype:
+        raise TypeError(f"x: expected the dtype of weight, {weight.dtype}, got {x.dtype}")
+    if bias is not None and bias.dtype != weight.dtype:
+        raise TypeError(f"bias: expected the dtype of weight, {weight.dtype}, got {bias.dtype}")
+    N, D = weight.shape
+    if x.dim() == 0 or x.shape[-1] != D:
+        raise ValueError(f"x: expected shape (..., {D}), got {tuple(x.shape)}")
 
-    tokens = x.reshape(-1, weight.shape[1])
-    operands = (tokens, weight, bias, basis, basis_bias, B, C, layout.row_subspace, layout.offsets, active)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, B, C)):
+    shape = x.shape
+    if x.dim() != 2:
+        x = x.reshape(-1, D)
+    operands = (x, weight, bias, basis, basis_bias, B, C, row_subspace, offsets, active)
+    if torch.is_grad_enabled() and (
+        B.requires_grad
+        or C.requires_grad
+        or x.requires_grad
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+    ):
         y = _AdaMSSLinear.apply(*operands, trainable, save_for_backward, backend)
     else:
         y, _, _ = linear_forward(*operands, False, False, backend)
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+    return y if len(shape) == 2 else y.reshape(*shape[:-1], N)
 
 
 class _AdaMSSLinear(torch.autograd.Function):
@@ -169,8 +200,6 @@ def _check_shapes(
     ):
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
-    if x.dim() == 0 or x.shape[-1] != D:
-        raise ValueError(f"x: expected shape (..., {D}), got {tuple(x.shape)}")
     for name, tensor in (("x", x), ("weight", weight), ("basis", basis), ("B", B), ("C", C)):
         if not tensor.is_floating_point():
             raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from .config import AdaMSSConfig
 from .decompose import Decomposition, decompose
-from .functional import adamss_linear
+from .functional import apply
 from .layout import SubspaceLayout, block_diagonal, column_mask
 
 
@@ -103,19 +103,22 @@ class FusedAdaMSSLinear(nn.Module):
         """Map x (..., D) to y (..., N); see `adamss_linear`."""
         if self.merged:
             return F.linear(x, self.weight, self.bias)
-        return adamss_linear(
+        # The layer's own tensors fit one another; `nn.Module.__getattr__` would cost a small layer a percent.
+        parameters, buffers = self._parameters, self._buffers
+        return apply(
             x,
-            self.weight,
-            self.bias,
-            self.basis,
-            self.basis_bias,
-            self.B,
-            self.C,
-            self._layout,
-            active=self.active,
-            trainable=self.trainable,
-            save_for_backward=self.config.save_for_backward,
-            backend=self.config.backend,
+            parameters["weight"],
+            parameters["bias"],
+            buffers["basis"],
+            buffers["basis_bias"],
+            parameters["B"],
+            parameters["C"],
+            buffers["row_subspace"],
+            buffers["offsets"],
+            buffers["active"],
+            buffers["trainable"],
+            self.config.save_for_backward,
+            self.config.backend,
         )
 
     @torch.no_grad()

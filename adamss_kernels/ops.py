@@ -16,6 +16,7 @@ import torch
 from .config import BACKENDS
 
 _PREFERENCE = {"cpu": ("native",)}
+_OVERRIDE = os.environ.get("ADAMSS_BACKEND") or "auto"
 
 _library = torch.library.Library("adamss_kernels", "DEF")
 _library.define(
@@ -29,8 +30,29 @@ _library.define(
     "str backend) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dB, Tensor dC)"
 )
 
-linear_forward = torch.ops.adamss_kernels.linear_forward.default
-linear_backward = torch.ops.adamss_kernels.linear_backward.default
+_forward_operator = torch.ops.adamss_kernels.linear_forward.default
+_backward_operator = torch.ops.adamss_kernels.linear_backward.default
+
+
+def linear_forward(x, *args):
+    """Run `adamss_kernels::linear_forward`, without the dispatcher where nobody could tell."""
+    return (_linear_forward if _is_plain_eager(x) else _forward_operator)(x, *args)
+
+
+def linear_backward(dy, *args):
+    """Run `adamss_kernels::linear_backward`, without the dispatcher where nobody could tell."""
+    return (_linear_backward if _is_plain_eager(dy) else _backward_operator)(dy, *args)
+
+
+def _is_plain_eager(tensor):
+    # Going through the dispatcher to a Python kernel costs as much as a small layer's whole update. Tracing, tensor
+    # subclasses, modes and function transforms see the operator.
+    return (
+        type(tensor) is torch.Tensor
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 @torch.library.register_fake("adamss_kernels::linear_forward", lib=_library)
@@ -57,25 +79,34 @@ def _linear_backward_fake(
     )
 
 
-@torch.library.impl("adamss_kernels::linear_forward", "CompositeExplicitAutograd", lib=_library)
 def _linear_forward(x, *args):
-    *operands, backend = args
-    return _without_autocast(implementation(choose_backend(backend, x.device, x.dtype)).forward, x, *operands)
+    device_type = x.device.type
+    forward, _ = _kernels(args[-1], device_type, x.dtype)
+    if torch.is_autocast_enabled(device_type):
+        # `functional.py` has cast the operands already; inside, float32 means float32.
+        with torch.autocast(device_type, enabled=False):
+            return forward(x, *args[:-1])
+    return forward(x, *args[:-1])
 
 
-@torch.library.impl("adamss_kernels::linear_backward", "CompositeExplicitAutograd", lib=_library)
 def _linear_backward(dy, *args):
-    *operands, backend = args
-    return _without_autocast(implementation(choose_backend(backend, dy.device, dy.dtype)).backward, dy, *operands)
-
-
-def _without_autocast(function, tensor, *args):
-    # `functional.py` has cast the operands already; inside, float32 means float32.
-    device_type = tensor.device.type
+    device_type = dy.device.type
+    _, backward = _kernels(args[-1], device_type, dy.dtype)
     if torch.is_autocast_enabled(device_type):
         with torch.autocast(device_type, enabled=False):
-            return function(tensor, *args)
-    return function(tensor, *args)
+            return backward(dy, *args[:-1])
+    return backward(dy, *args[:-1])
+
+
+_library.impl("linear_forward", _linear_forward, "CompositeExplicitAutograd")
+_library.impl("linear_backward", _linear_backward, "CompositeExplicitAutograd")
+
+
+@functools.cache
+def _kernels(requested, device_type, dtype):
+    """Return forward and backward of the backend that `choose_backend` chooses."""
+    module = implementation(choose_backend(requested, torch.device(device_type), dtype))
+    return module.forward, module.backward
 
 
 def implementation(name: str) -> ModuleType:
@@ -90,31 +121,26 @@ def implementation(name: str) -> ModuleType:
 def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> str:
     """Return the backend that runs for tensors of `dtype` on `device`: the only place where that is decided.
 
-    "auto" is replaced by the environment variable ADAMSS_BACKEND where that is set. What is still "auto" takes the
-    first of these that can run: on the CPU native, reference; elsewhere reference. A backend named explicitly runs or
-    raises; it never falls back to another.
+    "auto" is replaced by the environment variable ADAMSS_BACKEND where that was set when the package was imported. What
+    is still "auto" takes the first of these that can run: on the CPU native, reference; elsewhere reference. A backend
+    named explicitly runs or raises; it never falls back to another.
 
     Raises:
         ValueError: `requested`, or ADAMSS_BACKEND, is not the name of a backend.
         RuntimeError: The backend asked for cannot run here; the message says why.
     """
     if requested == "auto":
-        requested = os.environ.get("ADAMSS_BACKEND") or "auto"
-    return _choose(requested, device.type, dtype)
-
-
-@functools.cache
-def _choose(requested: str, device_type: str, dtype: torch.dtype) -> str:
+        requested = _OVERRIDE
     if requested == "auto":
-        for name in _PREFERENCE.get(device_type, ()):
-            if implementation(name).unavailable(device_type, dtype) is None:
+        for name in _PREFERENCE.get(device.type, ()):
+            if implementation(name).unavailable(device.type, dtype) is None:
                 return name
         return "reference"
     if requested not in BACKENDS:
         raise ValueError(f"backend: expected 'auto' or one of {BACKENDS}, got {requested!r}")
-    reason = implementation(requested).unavailable(device_type, dtype)
+    reason = implementation(requested).unavailable(device.type, dtype)
     if reason is not None:
-        raise RuntimeError(f"backend {requested!r} cannot run {dtype} on {device_type}: {reason}")
+        raise RuntimeError(f"backend {requested!r} cannot run {dtype} on {device.type}: {reason}")
     return requested
 
 

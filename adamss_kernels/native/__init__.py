@@ -55,22 +55,23 @@ def forward(
     S = x.new_empty((M, B.shape[0]) if keep_S else 0, dtype=acc)
     y = x.new_empty(M, N)
     load().forward(
+        # In the order of csrc/cpu/interface.h; keywords would take longer than a small layer's kernel.
         ForwardArgs(
-            dtype=_DTYPES[x.dtype],
-            M=M,
-            D=source.shape[1],
-            R=B.shape[1],
-            x=source.data_ptr(),
-            stride_xm=source.stride(0),
-            A=pointer(A),
-            a=pointer(a),
-            B=B.data_ptr(),
-            bias=pointer(bias),
-            C=C.data_ptr(),
-            r_max=C.shape[1],
-            S=S.data_ptr() if keep_S else None,
-            y=y.data_ptr(),
-            layout=_layout(row_subspace, offsets, active, None),
+            _DTYPES[x.dtype],
+            M,
+            source.shape[1],
+            B.shape[1],
+            source.data_ptr(),
+            source.stride(0),
+            pointer(A),
+            pointer(a),
+            B.data_ptr(),
+            pointer(bias),
+            C.data_ptr(),
+            C.shape[1],
+            S.data_ptr() if keep_S else None,
+            y.data_ptr(),
+            _layout(row_subspace, offsets, active, None),
         )
     )
     y.addmm_(x, weight.t())
@@ -107,27 +108,28 @@ def backward(
     dB = B_acc.new_empty(B.shape if need_dB else 0)
     dC = C_acc.new_empty(C.shape if need_dC else 0)
     load().backward(
+        # In the order of csrc/cpu/interface.h.
         BackwardArgs(
-            dtype=_DTYPES[dy.dtype],
-            M=dy.shape[0],
-            D=weight.shape[1],
-            R=B.shape[1],
-            dy=rows.data_ptr(),
-            stride_dym=rows.stride(0),
-            x=pointer(source),
-            stride_xm=0 if source is None else source.stride(0),
-            P=pointer(projection),
-            stride_pm=0 if projection is None else projection.stride(0),
-            S=pointer(S) if need_dC else None,
-            A=pointer(A),
-            a=pointer(a),
-            B=B_acc.data_ptr(),
-            C=C_acc.data_ptr(),
-            r_max=C.shape[1],
-            dx=dx.data_ptr() if need_dx else None,
-            dB=dB.data_ptr() if need_dB else None,
-            dC=dC.data_ptr() if need_dC else None,
-            layout=_layout(row_subspace, offsets, active, trainable),
+            _DTYPES[dy.dtype],
+            dy.shape[0],
+            weight.shape[1],
+            B.shape[1],
+            rows.data_ptr(),
+            rows.stride(0),
+            pointer(source),
+            0 if source is None else source.stride(0),
+            pointer(projection),
+            0 if projection is None else projection.stride(0),
+            pointer(S) if need_dC else None,
+            pointer(A),
+            pointer(a),
+            B_acc.data_ptr(),
+            C_acc.data_ptr(),
+            C.shape[1],
+            dx.data_ptr() if need_dx else None,
+            dB.data_ptr() if need_dB else None,
+            dC.data_ptr() if need_dC else None,
+            _layout(row_subspace, offsets, active, trainable),
         )
     )
     if need_dx:
@@ -152,7 +154,7 @@ def _dense(t: Tensor, dtype: torch.dtype) -> Tensor: ...
 def _dense(t: Tensor | None, dtype: torch.dtype) -> Tensor | None: ...
 def _dense(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Return t contiguous and of `dtype`, copied only where it is not."""
-    return t if t is None else t.to(dtype).contiguous()
+    return t if t is None or (t.dtype is dtype and t.is_contiguous()) else t.to(dtype).contiguous()
 
 
 def _layout(row_subspace: Tensor, offsets: Tensor, active: Tensor | None, trainable: Tensor | None) -> Layout:
