@@ -47,6 +47,13 @@ class Buffer {
 };
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+// Elements from row to row of a matrix of our own: aligned, and no power of two, which would put all rows into the same
+// few cache sets.
+template <class T>
+int64_t row_stride(int64_t width) {
+    return round_up(width * int64_t(sizeof(T)), 64) / int64_t(sizeof(T)) + 64 / int64_t(sizeof(T));
+}
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 }  // namespace ADAMSS_ISA

@@ -3,7 +3,6 @@
 
 #include <type_traits>
 
-#include "buffer.h"
 #include "dispatch.h"
 #include "tiles.h"
 
@@ -11,8 +10,6 @@ namespace ADAMSS_ISA {
 
 // Tokens that are worked on while they stay in cache.
 constexpr int64_t BLOCK_M = 64;
-
-inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // The columns of S that are not pruned, those that learn first, and where each subspace starts among them.
 struct Columns {
@@ -91,12 +88,16 @@ struct Coefficients {
 // Rows of Q = B A and entries of q = B a for the compact columns; Q = B where there is no A.
 template <class T>
 struct Projection {
+    int64_t stride;
     Buffer<T> values;
     Buffer<const T*> Q;  // (count,) rows
     Buffer<T> q;         // (count,)
 
     Projection(const Columns& columns, const T* B, const T* A, const T* a, int64_t R, int64_t D)
-        : values(A ? round_up(columns.count, TILE_M) * D : 0), Q(columns.count), q(columns.count) {
+        : stride(row_stride<T>(D)),
+          values(A ? round_up(columns.count, TILE_M) * stride : 0),
+          Q(columns.count),
+          q(columns.count) {
         for (int64_t p = 0; p < columns.count; ++p) Q[p] = B + columns.column[p] * R;
         if (!A) return;
         // Whole tiles of rows, the last ones zero.
@@ -105,14 +106,14 @@ struct Projection {
         for (int64_t p = 0; p < columns.count; ++p) {
             std::memcpy(compact.data() + p * R, Q[p], R * sizeof(T));
             for (int64_t i = 0; a && i < R; ++i) q[p] += Q[p][i] * a[i];
-            Q[p] = values.data() + p * D;
+            Q[p] = values.data() + p * stride;
         }
         constexpr int64_t SPAN = 256;
         parallel_blocks((D + SPAN - 1) / SPAN, [&](int64_t block) {
             const int64_t d = block * SPAN;
             Buffer<const T*> rows(R);
             for (int64_t i = 0; i < R; ++i) rows[i] = A + i * D + d;
-            product_block<T, T>(rho, smaller(SPAN, D - d), R, compact.data(), R, rows.data(), values.data() + d, D);
+            product_block<T, T>(rho, smaller(SPAN, D - d), R, compact.data(), R, rows.data(), values.data() + d, stride);
         });
     }
 };
@@ -174,22 +175,29 @@ void forward(const adamss_forward_args& args) {
     parallel_blocks((args.M + BLOCK_M - 1) / BLOCK_M, [&](int64_t block) {
         const int64_t begin = block * BLOCK_M, M = smaller(BLOCK_M, args.M - begin);
         Rows<T, X> x;
-        Buffer<T> S(TILE_M * stride_sm);
-        for (int64_t m = begin; m < begin + M; m += TILE_M) {
-            const int64_t tokens = smaller(TILE_M, begin + M - m);
-            x.take(static_cast<const X*>(args.x) + m * args.stride_xm, args.stride_xm, tokens, TILE_M, args.D);
-            dot_block<T>(TILE_M, args.D, x.p, x.stride, rho, projection.Q.data(), projection.q.data(), S.data(),
-                         stride_sm);
+        Buffer<T> S(DOT_M * stride_sm);
+        for (int64_t m = begin; m < begin + M; m += DOT_M) {
+            const int64_t tokens = smaller(DOT_M, begin + M - m);
+            x.take(static_cast<const X*>(args.x) + m * args.stride_xm, args.stride_xm, tokens, DOT_M, args.D);
+            Prefetch ahead(dot_tiles(larger(rho, 1)));
+            ahead.add(static_cast<const X*>(args.x) + (m + DOT_M) * args.stride_xm, args.stride_xm,
+                      smaller(DOT_M, args.M - m - DOT_M));
+            ahead.add(static_cast<const X*>(args.y) + m * l.N, l.N, tokens);
+            dot_block<T>(args.D, x.p, x.stride, rho, projection.Q.data(), projection.q.data(), S.data(), stride_sm,
+                         ahead);
             if (args.S) {
                 T* const out = static_cast<T*>(args.S) + m * rho_full;
                 if (rho < rho_full) std::memset(out, 0, tokens * rho_full * sizeof(T));
                 for (int64_t i = 0; i < tokens; ++i)
                     for (int64_t p = 0; p < rho; ++p) out[i * rho_full + columns.column[p]] = S[i * stride_sm + p];
             }
-            // Rows that pad the last tile are copies of its last real row and write the same values there.
-            X* rows[TILE_M];
-            for (int64_t i = 0; i < TILE_M; ++i) rows[i] = static_cast<X*>(args.y) + (m + smaller(i, tokens - 1)) * l.N;
-            update(l.N, S.data(), stride_sm, coefficients, bias.data(), rows);
+            for (int64_t tile = 0; tile < tokens; tile += TILE_M) {
+                // Rows that pad the last tile are copies of its last real row and write the same values there.
+                X* rows[TILE_M];
+                for (int64_t i = 0; i < TILE_M; ++i)
+                    rows[i] = static_cast<X*>(args.y) + (m + smaller(tile + i, tokens - 1)) * l.N;
+                update(l.N, S.data() + tile * stride_sm, stride_sm, coefficients, bias.data(), rows);
+            }
         }
     });
 }
@@ -233,16 +241,17 @@ void backward(const adamss_backward_args& args) {
     });
 
     // C^T, dense: dS is one more skinny product, which costs less than gathering dy by subspace.
-    Buffer<T> Ct(rho * N);
+    const int64_t stride_ct = row_stride<T>(N);
+    Buffer<T> Ct(rho * stride_ct);
     Buffer<const T*> Ct_rows(rho);
     for (int64_t j = 0; j < coefficients.r_max; ++j)
         for (int64_t i = 0; i < N; ++i) {
             const T value = coefficients.value[j * coefficients.stride + i];
             const int64_t p = coefficients.index[j * coefficients.stride + i];
             // Entries without a column are zero and point at column 0.
-            if (p < rho && value != T(0)) Ct[p * N + i] = value;
+            if (p < rho && value != T(0)) Ct[p * stride_ct + i] = value;
         }
-    for (int64_t p = 0; p < rho; ++p) Ct_rows[p] = Ct.data() + p * N;
+    for (int64_t p = 0; p < rho; ++p) Ct_rows[p] = Ct.data() + p * stride_ct;
 
     const Columns none(adamss_layout{0, 0, nullptr, l.offsets, nullptr, nullptr});
     const Projection<T> projection(args.dx ? columns : none, static_cast<const T*>(args.B), A, nullptr, args.R, args.D);
@@ -261,28 +270,36 @@ void backward(const adamss_backward_args& args) {
         T* const dC_share = dq_share + learning;
         Buffer<T*> dQ(learning);
         for (int64_t p = 0; p < learning; ++p) dQ[p] = dQ_share + (args.dB ? p * width : 0);
-        Buffer<T> S(TILE_M * stride_sm), dS(BLOCK_M * stride_sm);
+        Buffer<T> S(DOT_M * stride_sm), dS(BLOCK_M * stride_sm);
         Rows<T, X> dy, x;
 
         const int64_t end = smaller(args.M, (share + 1) * share_M);
         for (int64_t begin = share * share_M; begin < end; begin += BLOCK_M) {
             const int64_t M = smaller(BLOCK_M, end - begin);
-            for (int64_t m = 0; m < M; m += TILE_M) {
-                const int64_t tokens = smaller(TILE_M, M - m);
-                dy.take(static_cast<const X*>(args.dy) + (begin + m) * args.stride_dym, args.stride_dym, tokens, TILE_M,
+            for (int64_t m = 0; m < M; m += DOT_M) {
+                const int64_t tokens = smaller(DOT_M, M - m);
+                dy.take(static_cast<const X*>(args.dy) + (begin + m) * args.stride_dym, args.stride_dym, tokens, DOT_M,
                         N);
-                dot_block<T>(TILE_M, N, dy.p, dy.stride, rho, Ct_rows.data(), nullptr, dS.data() + m * stride_sm,
-                             stride_sm);
+                Prefetch ahead(dot_tiles(larger(rho, 1)));
+                ahead.add(static_cast<const X*>(args.dy) + (begin + m + DOT_M) * args.stride_dym, args.stride_dym,
+                          smaller(DOT_M, args.M - begin - m - DOT_M));
+                if (args.dB && !args.P)
+                    ahead.add(static_cast<const X*>(args.x) + (begin + m) * args.stride_xm, args.stride_xm, tokens);
+                if (args.dx) ahead.add(static_cast<const X*>(args.dx) + (begin + m) * args.D, args.D, tokens);
+                dot_block<T>(N, dy.p, dy.stride, rho, Ct_rows.data(), nullptr, dS.data() + m * stride_sm, stride_sm,
+                             ahead);
                 if (!args.dC || !learning) continue;
-                const T* rows[TILE_M];
-                for (int64_t i = 0; i < TILE_M; ++i) {
-                    rows[i] = dy.p + i * dy.stride;
+                for (int64_t i = 0; i < DOT_M; ++i) {
                     // A token that only pads the tile must not count.
                     const T* const from = static_cast<const T*>(args.S) + (begin + m + i) * rho_full;
                     for (int64_t p = 0; p < columns.count; ++p)
                         S[i * stride_sm + p] = i < tokens ? from[columns.column[p]] : T(0);
                 }
-                add_dC(N, rows, S.data(), stride_sm, coefficients, dC_share);
+                for (int64_t tile = 0; tile < tokens; tile += TILE_M) {
+                    const T* rows[TILE_M];
+                    for (int64_t i = 0; i < TILE_M; ++i) rows[i] = dy.p + (tile + i) * dy.stride;
+                    add_dC(N, rows, S.data() + tile * stride_sm, stride_sm, coefficients, dC_share);
+                }
             }
             if (args.dB && learning) {
                 if (args.P)
@@ -321,9 +338,9 @@ void backward(const adamss_backward_args& args) {
                 const int64_t tile = smaller(TILE_M, learning - p);
                 const T* dQ[TILE_M];
                 for (int64_t i = 0; i < TILE_M; ++i) dQ[i] = total + (p + smaller(i, tile - 1)) * width;
-                T sums[TILE_M * TILE_P];
+                T sums[TILE_M * TILE_P] = {};
                 for_tiles(count, [&](auto columns_of_R, int64_t first) {
-                    dot_tile<T, decltype(columns_of_R)::value>(args.D, dQ, rows + first, nullptr, sums + first, TILE_P);
+                    dot_tile<T, decltype(columns_of_R)::value>(0, args.D, dQ, rows + first, sums + first, TILE_P);
                 });
                 for (int64_t i = 0; i < tile; ++i)
                     for (int64_t j = 0; j < count; ++j)

@@ -2,6 +2,7 @@
 // pruned subspaces are skipped rather than multiplied.
 #pragma once
 
+#include "buffer.h"
 #include "vector.h"
 
 namespace ADAMSS_ISA {
@@ -13,12 +14,11 @@ constexpr int TILE_P = 2, TILE_V = 2;  // 4 x 2 + 4 + 1 and 4 x 2 + 2 + 1 of 16 
 #endif
 constexpr int TILE_M = 4;
 
-// S[m, p] = x[m] . Q[p] + q[p] for TILE_M rows of x and P rows of Q, along D.
+// S[m, p] += x[m] . Q[p] for TILE_M rows of x and P rows of Q, along columns d to D.
 template <class T, int P>
-void dot_tile(int64_t D, const T* const x[TILE_M], const T* const* Q, const T* q, T* S, int64_t stride_sm) {
+void dot_tile(int64_t d, int64_t D, const T* const x[TILE_M], const T* const* Q, T* S, int64_t stride_sm) {
     constexpr int W = Vector<T>::width;
     vec<T> total[P][TILE_M] = {};
-    int64_t d = 0;
     for (; d + W <= D; d += W) {
         vec<T> x_d[TILE_M];
         for (int m = 0; m < TILE_M; ++m) x_d[m] = load(x[m] + d);
@@ -30,7 +30,7 @@ void dot_tile(int64_t D, const T* const x[TILE_M], const T* const* Q, const T* q
     ADAMSS_UNROLL for (int p = 0; p < P; ++p) {
         T s[TILE_M];
         sum4<T>(total[p], s);
-        ADAMSS_UNROLL for (int m = 0; m < TILE_M; ++m) S[m * stride_sm + p] = s[m] + (q ? q[p] : T(0));
+        ADAMSS_UNROLL for (int m = 0; m < TILE_M; ++m) S[m * stride_sm + p] += s[m];
     }
     for (; d < D; ++d)
         for (int p = 0; p < P; ++p)
@@ -93,17 +93,55 @@ void for_tiles(int64_t rho, const F& f) {
     }
 }
 
-// S (M, rho), M a multiple of TILE_M, leading dimension stride_sm.
-template <class T>
-void dot_block(int64_t M, int64_t D, const T* x, int64_t stride_xm, int64_t rho, const T* const* Q, const T* q, T* S,
-               int64_t stride_sm) {
-    for (int64_t m = 0; m < M; m += TILE_M) {
-        const T* rows[TILE_M];
-        for (int i = 0; i < TILE_M; ++i) rows[i] = x + (m + i) * stride_xm;
-        for_tiles(rho, [&](auto tile, int64_t p) {
-            dot_tile<T, decltype(tile)::value>(D, rows, Q + p, q ? q + p : nullptr, S + m * stride_sm + p, stride_sm);
-        });
+// Rows that will be wanted soon, fetched into the second-level cache a little at a time while arithmetic runs: the
+// large operands come from further away than the hardware's own prefetching hides.
+class Prefetch {
+    struct Range {
+        const char *p, *end;
+        int64_t lines;  // at a time
+    } ranges_[3];
+    int count_ = 0;
+    int64_t times_;
+
+  public:
+    // To be asked `times` times for some.
+    explicit Prefetch(int64_t times) : times_(times) {}
+    template <class X>
+    void add(const X* rows, int64_t stride, int64_t M) {
+        const int64_t bytes = M > 0 ? M * stride * int64_t(sizeof(X)) : 0;
+        const char* const p = reinterpret_cast<const char*>(rows);
+        ranges_[count_++] = {p, p + bytes, bytes / 64 / times_ + 1};
     }
+    void some() {
+        for (int r = 0; r < count_; ++r) {
+            Range& range = ranges_[r];
+            for (int64_t i = 0; i < range.lines && range.p < range.end; ++i, range.p += 64)
+                __builtin_prefetch(range.p, 0, 2);
+        }
+    }
+};
+
+// S (DOT_M, rho) = x Q^T + q. A tile of Q and the rows of x stay in the first-level cache while they meet.
+constexpr int DOT_M = 2 * TILE_M;
+inline int64_t dot_tiles(int64_t rho) { return DOT_M / TILE_M * ((rho + TILE_P - 1) / TILE_P); }
+template <class T>
+void dot_block(int64_t D, const T* x, int64_t stride_xm, int64_t rho, const T* const* Q, const T* q, T* S,
+               int64_t stride_sm, Prefetch& ahead) {
+    constexpr int64_t L1_BYTES = 40 << 10;
+    const int64_t spans = 1 + D * int64_t(sizeof(T)) * (DOT_M + TILE_P) / L1_BYTES;
+    const int64_t span = round_up((D + spans - 1) / spans, Vector<T>::width);
+    for (int64_t m = 0; m < DOT_M; ++m)
+        for (int64_t p = 0; p < rho; ++p) S[m * stride_sm + p] = q ? q[p] : T(0);
+    for (int64_t d = 0; d < D; d += span)
+        for_tiles(rho, [&](auto tile, int64_t p) {
+            for (int64_t m = 0; m < DOT_M; m += TILE_M) {
+                ahead.some();
+                const T* rows[TILE_M];
+                for (int i = 0; i < TILE_M; ++i) rows[i] = x + (m + i) * stride_xm;
+                dot_tile<T, decltype(tile)::value>(d, smaller(D, d + span), rows, Q + p, S + m * stride_sm + p,
+                                                   stride_sm);
+            }
+        });
 }
 
 template <class T, int P>
@@ -129,21 +167,21 @@ void outer_block(int64_t M, int64_t D, const T* x, int64_t stride_xm, int64_t rh
     });
 }
 
-// dx (M, D) = dS Q; M tokens of dS are padded to a multiple of TILE_M, the rows of dx past `M` are not written.
+// dx (M, D) = dS Q.
 template <class T, class X>
 void product_block(int64_t M, int64_t D, int64_t rho, const T* dS, int64_t stride_sm, const T* const* Q, X* dx,
                    int64_t stride_dxm) {
     constexpr int W = Vector<T>::width;
-    int64_t d = 0;
-    const int64_t whole = M / TILE_M * TILE_M;
-    for (; d + TILE_V * W <= D; d += TILE_V * W)
-        for (int64_t m = 0; m < whole; m += TILE_M)
+    const int64_t whole_M = M / TILE_M * TILE_M, whole_D = D / W * W;
+    for (int64_t m = 0; m < whole_M; m += TILE_M) {
+        int64_t d = 0;
+        for (; d + TILE_V * W <= D; d += TILE_V * W)
             product_tile<T, X, TILE_V>(rho, dS + m * stride_sm, stride_sm, Q, d, dx + m * stride_dxm, stride_dxm);
-    for (; d + W <= D; d += W)
-        for (int64_t m = 0; m < whole; m += TILE_M)
+        for (; d < whole_D; d += W)
             product_tile<T, X, 1>(rho, dS + m * stride_sm, stride_sm, Q, d, dx + m * stride_dxm, stride_dxm);
+    }
     for (int64_t m = 0; m < M; ++m)
-        for (int64_t e = m < whole ? d : 0; e < D; ++e) {
+        for (int64_t e = m < whole_M ? whole_D : 0; e < D; ++e) {
             T total = 0;
             for (int64_t p = 0; p < rho; ++p) total += dS[m * stride_sm + p] * Q[p][e];
             store_as(dx + m * stride_dxm + e, total);
