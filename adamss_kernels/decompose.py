@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -69,12 +71,10 @@ def decompose(weight: Tensor, bias: Tensor | None, config: AdaMSSConfig, *, name
         message = f"{name}: subspace_rank={config.subspace_rank} exceeds the rank of the basis and is clamped to {R}"
         warnings.warn(message, stacklevel=2)
 
-    directions, ranks = [], []
-    for k in range(int(row_subspace.max()) + 1):
-        B_k = _subspace_directions(U[row_subspace == k], config)
-        directions.append(B_k)
-        ranks.append(B_k.shape[0])
-    layout = SubspaceLayout(row_subspace, tuple(ranks))
+    with _seeded(weight.device, config.random_seed):
+        directions = [_subspace_directions(U[row_subspace == k], config) for k in range(int(row_subspace.max()) + 1)]
+    ranks = tuple(B_k.shape[0] for B_k in directions)
+    layout = SubspaceLayout(row_subspace, ranks)
 
     B = torch.cat(directions).to(param_dtype)
     C = torch.zeros(layout.num_rows, layout.r_max, dtype=param_dtype, device=weight.device)
@@ -90,13 +90,19 @@ def decompose(weight: Tensor, bias: Tensor | None, config: AdaMSSConfig, *, name
 
 
 def _truncated_svd(matrix: Tensor, R: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Return U (N, R) and A = V^T (R, D~), drawing the random projection from `seed` under a forked RNG."""
-    device = matrix.device
+    """Return U (N, R) and A = V^T (R, D~)."""
+    with _seeded(matrix.device, seed):
+        U, _, V = torch.svd_lowrank(matrix, q=min(R, *matrix.shape), niter=2)
+    return U.contiguous(), V.T.contiguous()
+
+
+@contextlib.contextmanager
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Draw from a generator seeded with `seed` inside, and leave the global random state as it was."""
     fork = {"devices": []} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
     with torch.random.fork_rng(**fork):
         torch.manual_seed(seed)
-        U, _, V = torch.svd_lowrank(matrix, q=min(R, *matrix.shape), niter=2)
-    return U.contiguous(), V.T.contiguous()
+        yield
 
 
 def _cluster_rows(U: Tensor, num_subspaces: int, name: str) -> Tensor:
@@ -120,12 +126,14 @@ def _subspace_directions(U_k: Tensor, config: AdaMSSConfig) -> Tensor:
 
     They span what PEFT takes from the (n_k, n_k) Gram matrix U_k U_k^T, whose singular values are theirs squared.
     """
-    _, sigma, Vh = torch.linalg.svd(U_k, full_matrices=False)
-    r_k = min(config.subspace_rank, Vh.shape[0])
+    r_k = min(config.subspace_rank, *U_k.shape)
+    # Dynamic ranks look at all singular values; else a few more than are kept make the leading ones accurate.
+    q = min(U_k.shape) if config.use_dynamic_rank else min(r_k + 6, *U_k.shape)
+    _, sigma, V = torch.svd_lowrank(U_k, q=q, niter=4)
     if config.use_dynamic_rank:
         significant = int((sigma.square() > config.svd_threshold * sigma[0].square()).sum())
         r_k = max(1, min(r_k, significant))
-    B_k = Vh[:r_k]
+    B_k = V[:, :r_k].T
     largest = B_k.gather(1, B_k.abs().argmax(dim=1, keepdim=True))
     return B_k * torch.where(largest < 0, -1.0, 1.0)
 

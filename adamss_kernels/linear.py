@@ -56,6 +56,7 @@ class FusedAdaMSSLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.config = config
         self.weight = weight
+        self.register_parameter("bias", None)
         self.bias = bias
         self.B = nn.Parameter(B)
         self.C = nn.Parameter(C)

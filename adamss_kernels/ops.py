@@ -49,6 +49,7 @@ def _is_plain_eager(tensor):
     # subclasses, modes and function transforms see the operator.
     return (
         type(tensor) is torch.Tensor
+        and not tensor.is_meta
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
