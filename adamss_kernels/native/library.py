@@ -60,13 +60,13 @@ class BackwardArgs(ctypes.Structure):
 
 
 class Library(NamedTuple):
-    """The loaded library: its two kernels, the instruction set in use, and all that it could use."""
+    """The loaded library: its two kernels, the instruction sets it can use here, and how to choose one by name."""
 
     forward: Callable[[ForwardArgs], None]
     backward: Callable[[BackwardArgs], None]
-    isa: str
     isas: tuple[str, ...]
-    path: Path
+    use_isa: Callable[[str], None]
+    isa: Callable[[], str]
 
 
 def pointer(t: Tensor | None) -> int | None:
@@ -99,15 +99,18 @@ def load() -> Library:
         getattr(library, name).restype = c_int32
 
     isas = tuple(library.adamss_cpu_isas().decode().split())
-    isa = os.environ.get("ADAMSS_CPU_ISA", "")
-    if library.adamss_cpu_init(parallel_for, isa.encode()) != 0:
-        raise OSError(f"ADAMSS_CPU_ISA={isa!r}: this machine and build have {isas}")
+
+    def use_isa(name: str) -> None:
+        if library.adamss_cpu_init(parallel_for, name.encode()) != 0:
+            raise OSError(f"ADAMSS_CPU_ISA={name!r}: this machine and build have {isas}")
+
+    use_isa(os.environ.get("ADAMSS_CPU_ISA", ""))
     return Library(
         _checked(library.adamss_cpu_forward),
         _checked(library.adamss_cpu_backward),
-        library.adamss_cpu_isa().decode(),
         isas,
-        path,
+        use_isa,
+        lambda: library.adamss_cpu_isa().decode(),
     )
 
 
@@ -129,7 +132,7 @@ def describe() -> dict[str, str]:
     library = load()
     return {
         "state": _build_state(),
-        "ISA": f"{library.isa} (of {', '.join(library.isas)}; ADAMSS_CPU_ISA forces one)",
+        "ISA": f"{library.isa()} (of {', '.join(library.isas)}; ADAMSS_CPU_ISA forces one)",
         "takes": "float32, float64 and bfloat16 on the CPU; everything else is the reference's",
         "threads": "torch's own",
     }

@@ -216,9 +216,9 @@ void coefficient_grad_tile(int64_t N, const T* const dy[TILE_M], const T* S, int
         for (int64_t j = 0; j < c.r_max; ++j) {
             const int32_t* index = c.index.data() + j * c.stride + i;
             T* const out = dC + j * c.stride + i;
-            vec<T> total = load(out);
-            for (int m = 0; m < TILE_M; ++m) total += held[m][index] * dy_m[m];
-            store(out, total);
+            vec<T> total = held[0][index] * dy_m[0];
+            ADAMSS_UNROLL for (int m = 1; m < TILE_M; ++m) total += held[m][index] * dy_m[m];
+            store(out, load(out) + total);
         }
     }
     for (int64_t j = 0; j < c.r_max; ++j)

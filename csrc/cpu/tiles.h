@@ -41,9 +41,8 @@ void dot_tile(int64_t d, int64_t D, const T* const x[TILE_M], const T* const* Q,
 template <class T, int P, int V>
 void outer_tile(int64_t M, const T* x, int64_t stride_xm, const T* dS, int64_t stride_sm, T* const* dQ, int64_t d) {
     constexpr int W = Vector<T>::width;
-    vec<T> total[P][V];
-    for (int p = 0; p < P; ++p)
-        for (int v = 0; v < V; ++v) total[p][v] = load(dQ[p] + d + v * W);
+    // Summed from zero, then added: rounding grows with the block and the number of blocks, not with their product.
+    vec<T> total[P][V] = {};
     for (int64_t m = 0; m < M; ++m) {
         vec<T> x_m[V];
         for (int v = 0; v < V; ++v) x_m[v] = load(x + m * stride_xm + d + v * W);
@@ -53,7 +52,7 @@ void outer_tile(int64_t M, const T* x, int64_t stride_xm, const T* dS, int64_t s
         }
     }
     for (int p = 0; p < P; ++p)
-        for (int v = 0; v < V; ++v) store(dQ[p] + d + v * W, total[p][v]);
+        for (int v = 0; v < V; ++v) store(dQ[p] + d + v * W, load(dQ[p] + d + v * W) + total[p][v]);
 }
 
 // dx[m, d] = sum_p dS[m, p] Q[p, d] for TILE_M rows of dx and V registers of columns, along RHO.
@@ -152,9 +151,9 @@ void outer_rows(int64_t M, int64_t D, const T* x, int64_t stride_xm, const T* dS
     for (; d + W <= D; d += W) outer_tile<T, P, 1>(M, x, stride_xm, dS, stride_sm, dQ, d);
     for (int p = 0; p < P; ++p)
         for (int64_t e = d; e < D; ++e) {
-            T total = dQ[p][e];
+            T total = 0;
             for (int64_t m = 0; m < M; ++m) total += dS[m * stride_sm + p] * x[m * stride_xm + e];
-            dQ[p][e] = total;
+            dQ[p][e] += total;
         }
 }
 

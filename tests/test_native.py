@@ -1,0 +1,129 @@
+"""The native library keeps the numerics contract on every instruction set, and stands up to a fuzzer."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_problem
+from test_gradients import naive, relative_error
+
+from adamss_kernels import adamss_linear
+from adamss_kernels.native.library import load
+
+ROOT = Path(__file__).parent.parent
+ISAS = load().isas
+
+
+@pytest.fixture(params=ISAS)
+def isa(request) -> Iterator[str]:
+    before = load().isa()
+    load().use_isa(request.param)
+    assert load().isa() == request.param
+    yield request.param
+    load().use_isa(before)
+
+
+def test_every_instruction_set_of_this_machine_is_built_and_run():
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    if " avx2 " in flags:
+        assert "avx2" in ISAS
+    if " avx512f " in flags and " avx512vl " in flags:
+        assert ISAS[0] == "avx512"
+    assert ISAS[-1] == "baseline"
+
+
+SHAPES = {
+    "narrow": {"M": 5, "D": 3, "N": 7, "R": 2, "ranks": (1, 1)},
+    "one register of S": {"M": 130, "D": 64, "N": 96, "R": 16, "ranks": (1,) * 10},
+    "two registers of S": {"M": 67, "D": 70, "N": 45, "R": 9, "ranks": (3,) * 10},
+    "four registers of S": {"M": 33, "D": 40, "N": 80, "R": 20, "ranks": (16, 9, 16, 7)},
+    "S in memory": {"M": 40, "D": 50, "N": 120, "R": 12, "ranks": (8,) * 16},
+    "rho of 512": {"M": 9, "D": 33, "N": 100, "R": 30, "ranks": (16,) * 32},
+    "many shares": {"M": 2100, "D": 20, "N": 24, "R": 4, "ranks": (2, 1)},
+}
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("mode", ["projection", "input"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_instruction_set_keeps_the_numerics_contract(isa, dtype, shape, mode, masked):
+    problem = make_problem(**SHAPES[shape]).to(dtype, torch.promote_types(dtype, torch.float32))
+    exact, plain = problem.to(torch.float64), problem.to(dtype)
+    K = problem.layout.num_subspaces
+    active = torch.arange(K) % 3 != 1 if masked else None
+    trainable = torch.arange(K) % 2 == 0 if masked else None
+    dy = torch.randn(problem.x.shape[0], problem.weight.shape[0]).to(dtype)
+
+    options = {"active": active, "trainable": trainable, "save_for_backward": mode, "backend": "native"}
+    y = adamss_linear(*problem.operands, **options)
+    y.backward(dy)
+    y_exact, y_plain = naive(exact, active), naive(plain, active)
+    y_exact.backward(dy.double())
+    y_plain.backward(dy)
+    unit = torch.finfo(dtype).eps / 2
+    assert relative_error(y, y_exact) <= 2 * relative_error(y_plain, y_exact) + unit
+    layout = problem.layout
+    learns = torch.ones(K, dtype=torch.bool) if trainable is None else trainable
+    keep_B = learns.repeat_interleave(torch.tensor(layout.ranks))[:, None]
+    keep_C = learns[layout.row_subspace.long()][:, None]
+    for name, keep in (("x", True), ("B", keep_B), ("C", keep_C)):
+        got, want, base = (getattr(p, name).grad for p in (problem, exact, plain))
+        error, allowed = relative_error(got, want * keep), 2 * relative_error(base * keep, want * keep) + unit
+        assert error <= allowed, (name, error, allowed)
+
+
+def test_the_number_of_threads_changes_no_bit():
+    problem = make_problem(M=1000, D=48, N=40, R=8, dtype=torch.float32)
+    runs, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            # The base GEMM is PyTorch's: only what the library computes is compared.
+            y = adamss_linear(*problem.operands, backend="native")
+            runs.append(torch.autograd.grad(y, (problem.B, problem.C), torch.ones_like(y)))
+    finally:
+        torch.set_num_threads(threads)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+def test_an_instruction_set_is_forced_by_the_environment():
+    code = "from adamss_kernels.native.library import load; print(load().isa())"
+    for name in ISAS:
+        environment = os.environ | {"ADAMSS_CPU_ISA": name}
+        result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert result.stdout.strip() == name
+    code = "import adamss_kernels; print(adamss_kernels.available_backends()['native'])"
+    environment = os.environ | {"ADAMSS_CPU_ISA": "abacus"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "ADAMSS_CPU_ISA='abacus': this machine and build have" in result.stdout
+
+
+def test_the_kernels_export_no_template_of_the_standard_library():
+    """An inline function of the standard library, kept from the AVX-512 object, would crash on a lesser machine."""
+    nm = shutil.which("nm")
+    assert nm, "binutils are needed to build the library and so are here"
+    library = next(p for folder in sys.modules["adamss_kernels.native"].__path__ for p in Path(folder).glob("*.so"))
+    symbols = subprocess.run([nm, "-DC", "--defined-only", str(library)], capture_output=True, text=True, check=True)
+    weak = [line for line in symbols.stdout.splitlines() if " W " in line or " V " in line]
+    assert not [line for line in weak if "std::vector" in line or "std::min" in line], weak
+
+
+def test_fuzzing_under_sanitizers_finds_nothing(tmp_path):
+    configure = ["cmake", "-S", ROOT, "-B", tmp_path, "-DCMAKE_BUILD_TYPE=Release", "-DADAMSS_FUZZ=ON"]
+    subprocess.run(configure, check=True, capture_output=True)
+    build = subprocess.run(["cmake", "--build", tmp_path, "-j2"], capture_output=True, text=True, check=False)
+    assert build.returncode == 0, build.stdout + build.stderr
+    driver = next(tmp_path.rglob("adamss_fuzz"))
+    seed = str(int.from_bytes(os.urandom(4), "little"))
+    result = subprocess.run([driver, "8", seed], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    print(result.stdout)
