@@ -8,6 +8,9 @@
 
 namespace ADAMSS_ISA {
 
+// Multiply-adds below which waking another thread costs more than it brings.
+constexpr int64_t WORTH_A_THREAD = 1 << 20;
+
 // Tokens that are worked on while they stay in cache.
 constexpr int64_t BLOCK_M = 64;
 
@@ -108,12 +111,12 @@ struct Projection {
             for (int64_t i = 0; a && i < R; ++i) q[p] += Q[p][i] * a[i];
             Q[p] = values.data() + p * stride;
         }
-        constexpr int64_t SPAN = 256;
-        parallel_blocks((D + SPAN - 1) / SPAN, [&](int64_t block) {
-            const int64_t d = block * SPAN;
+        const int64_t span = round_up(larger(256, WORTH_A_THREAD / (rho * R + 1)), Vector<T>::width);
+        parallel_blocks((D + span - 1) / span, [&](int64_t block) {
+            const int64_t d = block * span;
             Buffer<const T*> rows(R);
             for (int64_t i = 0; i < R; ++i) rows[i] = A + i * D + d;
-            product_block<T, T>(rho, smaller(SPAN, D - d), R, compact.data(), R, rows.data(), values.data() + d, stride);
+            product_block<T, T>(rho, smaller(span, D - d), R, compact.data(), R, rows.data(), values.data() + d, stride);
         });
     }
 };
@@ -318,35 +321,37 @@ void backward(const adamss_backward_args& args) {
 
     // The first share collects the others.
     T* const total = partial.data();
-    constexpr int64_t SPAN = 4096;
-    parallel_blocks((size + SPAN - 1) / SPAN, [&](int64_t block) {
-        const int64_t end = smaller(size, (block + 1) * SPAN);
+    const int64_t span = WORTH_A_THREAD / 8 / shares;
+    parallel_blocks((size + span - 1) / span, [&](int64_t block) {
+        const int64_t end = smaller(size, (block + 1) * span);
         for (int64_t share = 1; share < shares; ++share)
-            for (int64_t i = block * SPAN; i < end; ++i) total[i] += total[share * size + i];
+            for (int64_t i = block * span; i < end; ++i) total[i] += total[share * size + i];
     });
     if (args.dB) {
         T* const dB = static_cast<T*>(args.dB);
         std::memset(dB, 0, rho_full * args.R * sizeof(T));
         for (int64_t p = 0; p < learning && args.P; ++p)
             std::memcpy(dB + columns.column[p] * args.R, total + p * width, args.R * sizeof(T));
-        // dB = dQ A^T + dq a^T, one tile of columns of R at a time.
-        parallel_blocks(args.P ? 0 : (args.R + TILE_P - 1) / TILE_P, [&](int64_t block) {
-            const int64_t r = block * TILE_P, count = smaller(TILE_P, args.R - r);
-            const T* rows[TILE_P];
-            for (int64_t i = 0; i < count; ++i) rows[i] = A + (r + i) * args.D;
-            for (int64_t p = 0; p < learning; p += TILE_M) {
-                const int64_t tile = smaller(TILE_M, learning - p);
-                const T* dQ[TILE_M];
-                for (int64_t i = 0; i < TILE_M; ++i) dQ[i] = total + (p + smaller(i, tile - 1)) * width;
-                T sums[TILE_M * TILE_P] = {};
-                for_tiles(count, [&](auto columns_of_R, int64_t first) {
-                    dot_tile<T, decltype(columns_of_R)::value>(0, args.D, dQ, rows + first, sums + first, TILE_P);
-                });
-                for (int64_t i = 0; i < tile; ++i)
-                    for (int64_t j = 0; j < count; ++j)
-                        dB[columns.column[p + i] * args.R + r + j] =
-                            sums[i * TILE_P + j] + (a ? total[size_dQ + p + i] * a[r + j] : T(0));
-            }
+        // dB = dQ A^T + dq a^T.
+        Buffer<const T*> A_rows(args.R);
+        for (int64_t r = 0; r < args.R; ++r) A_rows[r] = A + r * args.D;
+        const int64_t rows = round_up(larger(1, WORTH_A_THREAD / (learning * args.D + 1)), TILE_P);
+        parallel_blocks(args.P ? 0 : (args.R + rows - 1) / rows, [&](int64_t block) {
+            for_tiles(smaller(rows, args.R - block * rows), [&](auto tile, int64_t first) {
+                constexpr int COLUMNS = decltype(tile)::value;
+                const int64_t r = block * rows + first;
+                for (int64_t p = 0; p < learning; p += TILE_M) {
+                    const int64_t count = smaller(TILE_M, learning - p);
+                    const T* dQ[TILE_M];
+                    for (int64_t i = 0; i < TILE_M; ++i) dQ[i] = total + (p + smaller(i, count - 1)) * width;
+                    T sums[TILE_M * COLUMNS] = {};
+                    dot_tile<T, COLUMNS>(0, args.D, dQ, A_rows.data() + r, sums, COLUMNS);
+                    for (int64_t i = 0; i < count; ++i)
+                        for (int j = 0; j < COLUMNS; ++j)
+                            dB[columns.column[p + i] * args.R + r + j] =
+                                sums[i * COLUMNS + j] + (a ? total[size_dQ + p + i] * a[r + j] : T(0));
+                }
+            });
         });
     }
     if (args.dC) {

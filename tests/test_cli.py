@@ -1,0 +1,86 @@
+"""The commands run, report the truth, and fail when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from adamss_kernels import available_backends, load_adapter
+from adamss_kernels.cli import main
+from adamss_kernels.cli.digits import DigitsViT, load_digits_split
+
+
+def test_info_tests_every_available_backend(capsys):
+    assert main(["info", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    for name, state in available_backends().items():
+        if state == "available":
+            assert "largest relative error" in report["backends"][name]
+        else:
+            assert report["backends"][name] == f"unavailable: {state}"
+    assert report["cpu"]["threads"] == torch.get_num_threads()
+    assert report["native"]["ISA"]
+
+
+def test_info_fails_when_a_backend_computes_nonsense(monkeypatch, capsys):
+    forward = torch.ops  # only to keep the name short below
+    del forward
+    from adamss_kernels import ops, reference
+
+    right = reference.forward
+
+    def wrong(*args):
+        y, S, P = right(*args)
+        return y * 1.001, S, P
+
+    monkeypatch.setattr(reference, "forward", wrong)
+    ops._kernels.cache_clear()
+    try:
+        monkeypatch.setattr("adamss_kernels.cli.info.available_backends", lambda: {"native": "available"})
+        assert main(["info"]) == 1
+        assert "FAILED its self-test" in capsys.readouterr().out
+    finally:
+        monkeypatch.undo()
+        ops._kernels.cache_clear()
+
+
+def test_info_is_also_a_module():
+    command = [sys.executable, "-m", "adamss_kernels", "info"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "reference" in result.stdout
+
+
+def test_an_unknown_command_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["juggle"])
+    assert "invalid choice: 'juggle'" in capsys.readouterr().err
+
+
+def test_demo_adapts_saves_reloads_and_reports(tmp_path, capsys):
+    arguments = ["demo", "--output", str(tmp_path), "--epochs", "2", "--pretrain-epochs", "1", "--subspaces", "3"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    for line in ("accuracy before", "accuracy after", "trained in linear layers", "training step", "adapter file"):
+        assert line in out
+    assert "reloaded, same predictions" in out
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    # The adapter is bound to the pretrained base, not to a fresh one.
+    with pytest.raises(ValueError, match="the base weight differs"):
+        load_adapter(DigitsViT(), tmp_path / "adapter")
+
+
+def test_demo_refuses_nonsense_before_doing_anything(capsys):
+    with pytest.raises(SystemExit):
+        main(["demo", "--epochs", "0"])
+    assert "expected an integer >= 1" in capsys.readouterr().err
+
+
+def test_the_digits_are_split_without_overlap():
+    split = load_digits_split(5, 9)
+    assert split.train_x.shape[1:] == (8, 8)
+    assert set(split.train_y.tolist()) == set(range(5)) == set(split.test_y.tolist())
+    assert len(split.train_y) + len(split.test_y) == 896

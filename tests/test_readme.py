@@ -1,0 +1,55 @@
+"""Every command and snippet of the README runs, and its numbers are those of the committed results."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+COMMANDS = [
+    line
+    for block in re.findall(r"```(?:sh|bash)\n(.*?)```", README, flags=re.S)
+    for line in block.splitlines()
+    if line and not line.startswith("#")
+]
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
+def test_a_snippet_runs(snippet, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(snippet, "README.md", "exec"), {})
+
+
+def test_the_readme_shows_commands_and_snippets():
+    assert len(COMMANDS) >= 4
+    assert len(SNIPPETS) >= 2
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_is_understood(command):
+    """Long commands are asked for their help, or for what they would run; short ones run elsewhere in full."""
+    words = shlex.split(command, comments=True)
+    if words[0] == "make":
+        command_line = ["make", "--dry-run", *words[1:]]
+    elif words[:2] == ["pip", "install"]:
+        # Run for real in test_packaging.py.
+        return
+    elif words[0] == "adamss-kernels":
+        command_line = [sys.executable, "-m", "adamss_kernels", *words[1:], "--help"]
+    else:
+        assert words[0] == "python", command
+        command_line = [sys.executable, *words[1:], "--help"]
+    subprocess.run(command_line, cwd=ROOT, check=True, capture_output=True)
+
+
+def test_the_tables_are_those_of_the_committed_results():
+    script = [sys.executable, "bench/readme.py", "--check"]
+    result = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
