@@ -30,18 +30,18 @@ _library.define(
     "str backend) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dB, Tensor dC)"
 )
 
-_forward_operator = torch.ops.adamss_kernels.linear_forward.default
-_backward_operator = torch.ops.adamss_kernels.linear_backward.default
+forward_operator = torch.ops.adamss_kernels.linear_forward.default
+backward_operator = torch.ops.adamss_kernels.linear_backward.default
 
 
 def linear_forward(x, *args):
     """Run `adamss_kernels::linear_forward`, without the dispatcher where nobody could tell."""
-    return (_linear_forward if _is_plain_eager(x) else _forward_operator)(x, *args)
+    return (_linear_forward if _is_plain_eager(x) else forward_operator)(x, *args)
 
 
 def linear_backward(dy, *args):
     """Run `adamss_kernels::linear_backward`, without the dispatcher where nobody could tell."""
-    return (_linear_backward if _is_plain_eager(dy) else _backward_operator)(dy, *args)
+    return (_linear_backward if _is_plain_eager(dy) else backward_operator)(dy, *args)
 
 
 def _is_plain_eager(tensor):

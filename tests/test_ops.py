@@ -7,7 +7,7 @@ import torch
 from conftest import CPU_BACKENDS, make_problem
 
 from adamss_kernels import adamss_linear, available_backends
-from adamss_kernels.ops import choose_backend, linear_backward, linear_forward
+from adamss_kernels.ops import backward_operator, choose_backend, forward_operator
 
 CPU = torch.device("cpu")
 
@@ -26,7 +26,7 @@ def raw_operands(**options):
 def test_forward_passes_opcheck(backend, keep_S, keep_P, dtype, masked):
     active = torch.tensor([True, False, True]) if masked else None
     operands = raw_operands(dtype=dtype)
-    torch.library.opcheck(linear_forward, (*operands, active, keep_S, keep_P, backend))
+    torch.library.opcheck(forward_operator, (*operands, active, keep_S, keep_P, backend))
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
@@ -35,11 +35,11 @@ def test_forward_passes_opcheck(backend, keep_S, keep_P, dtype, masked):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_backward_passes_opcheck(backend, projection, needs, dtype):
     x, weight, bias, *rest = raw_operands(dtype=dtype)
-    _, S, P = linear_forward(x, weight, bias, *rest, None, True, projection, backend)
+    _, S, P = forward_operator(x, weight, bias, *rest, None, True, projection, backend)
     dy = torch.randn(x.shape[0], weight.shape[0], dtype=dtype)
     mask = torch.tensor([True, False, True])
     args = (dy, x, S, P if projection else None, weight, *rest, mask, mask, needs, backend)
-    torch.library.opcheck(linear_backward, args)
+    torch.library.opcheck(backward_operator, args)
 
 
 def test_auto_is_overridden_by_the_environment(monkeypatch):
