@@ -21,7 +21,7 @@ from .config import AdaMSSConfig
 from .decompose import Decomposition, decompose
 from .layout import SubspaceLayout
 from .linear import FusedAdaMSSLinear
-from .model import adamss_layers, modules_to_save, replace_modules
+from .model import adamss_layers, modules_to_save, replace_modules, unwrap
 from .sketch import relative_difference, sketch
 
 TENSORS_FILE = "adapter.safetensors"
@@ -61,7 +61,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, compact
     """
     from safetensors.torch import save_file
 
-    model = _unwrap(model)
+    model = unwrap(model)
     layers = adamss_layers(model)
     if not layers:
         raise ValueError("model: has no FusedAdaMSSLinear; adapt it with inject_adamss first")
@@ -128,7 +128,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], *, strict:
     Warns:
         BaseWeightWarning: A base weight differs from the one trained on; the message says by how much.
     """
-    root = _unwrap(model)
+    root = unwrap(model)
     path = Path(directory) / TENSORS_FILE
     checkpoint = _read(path)
     extra = adamss_layers(root).keys() - checkpoint.header["layers"].keys()
@@ -230,6 +230,7 @@ def _load_layer(model: nn.Module, name: str, checkpoint: _Checkpoint, strict: bo
     layer = FusedAdaMSSLinear(weight, bias, decomposition, checkpoint.config)
     layer.active.copy_(t["active"])
     layer.trainable.copy_(t["trainable"])
+    layer.summarize_masks()
     return layer.train(module.training)
 
 
@@ -274,17 +275,6 @@ def _find(model: nn.Module, name: str, path: Path) -> nn.Module:
         return model.get_submodule(name)
     except AttributeError:
         raise ValueError(f"{path}: was saved with a module {name!r}, which this model does not have") from None
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    """Look through DDP (`module`) and `torch.compile` (`_orig_mod`), whose prefixes are not part of layer names."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
 
 
 def _augmented(weight: Tensor, bias: Tensor | None) -> Tensor:

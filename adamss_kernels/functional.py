@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from .config import SAVE_FOR_BACKWARD
 from .layout import SubspaceLayout
@@ -23,6 +24,8 @@ def adamss_linear(
     *,
     active: Tensor | None = None,
     trainable: Tensor | None = None,
+    contributes: bool = True,
+    learns: bool = True,
     save_for_backward: str = "auto",
     backend: str = "auto",
 ) -> Tensor:
@@ -46,6 +49,10 @@ def adamss_linear(
         active: (K,) bool, subspaces that contribute; None for all. Changing its values neither recompiles nor
             synchronises.
         trainable: (K,) bool, subspaces whose B and C get gradients; None for all.
+        contributes: False promises that no subspace is active: only the frozen linear layer is computed. Unlike the
+            masks this is known before anything runs, so that a change of it recompiles.
+        learns: False promises that no subspace is both active and trainable: nothing is kept for the gradients of B
+            and C, which come back zero.
         save_for_backward: Keep P = x A^T + a ("projection", R values a token) or x ("input", D values a token, usually
             alive anyway) until backward; "auto" keeps P when R <= N / 16 and R < D.
         backend: "auto" or the name of a backend; see `available_backends`.
@@ -74,7 +81,12 @@ def adamss_linear(
     tokens = x.reshape(-1, weight.shape[1])
     operands = (tokens, weight, bias, basis, basis_bias, B, C, layout.row_subspace, layout.offsets, active)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, B, C)):
-        y = _AdaMSSLinear.apply(*operands, trainable, save_for_backward, backend)
+        if contributes:
+            y = _AdaMSSLinear.apply(*operands, trainable, learns, save_for_backward, backend)
+        else:
+            y = _BareLinear.apply(tokens, weight, bias, B, C)
+    elif not contributes:
+        y = F.linear(tokens, weight, bias)
     else:
         y, _, _ = linear_forward(*operands, False, False, backend)
     return y.reshape(*x.shape[:-1], weight.shape[0])
@@ -95,16 +107,18 @@ class _AdaMSSLinear(torch.autograd.Function):
         offsets,
         active,
         trainable,
+        learns,
         save_for_backward,
         backend,
     ):
         _, need_dweight, _, _, _, need_dB, need_dC, *_ = ctx.needs_input_grad
+        need_dB, need_dC = need_dB and learns, need_dC and learns
         keep_P = need_dB and not need_dweight and _keeps_projection(save_for_backward, weight, basis)
         keep_x = need_dweight or (need_dB and not keep_P)
         y, S, P = linear_forward(
             x, weight, bias, basis, basis_bias, B, C, row_subspace, offsets, active, need_dC, keep_P, backend
         )
-        ctx.backend = backend
+        ctx.learns, ctx.backend = learns, backend
         ctx.save_for_backward(
             x if keep_x else None,
             S if need_dC else None,
@@ -125,10 +139,40 @@ class _AdaMSSLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):  # type: ignore[no-untyped-def, override]
         need_dx, need_dweight, need_dbias, _, _, need_dB, need_dC, *_ = ctx.needs_input_grad
-        needs = [need_dx, need_dweight, need_dbias, need_dB, need_dC]
+        needs = [need_dx, need_dweight, need_dbias, need_dB and ctx.learns, need_dC and ctx.learns]
         grads = linear_backward(dy, *ctx.saved_tensors, needs, ctx.backend)
         dx, dweight, dbias, dB, dC = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-        return dx, dweight, dbias, None, None, dB, dC, None, None, None, None, None, None
+        if not ctx.learns:
+            *_, B, C, _, _, _, _ = ctx.saved_tensors
+            dB, dC = _zero_gradients(ctx, (5, B), (6, C))
+        return dx, dweight, dbias, None, None, dB, dC, None, None, None, None, None, None, None
+
+
+class _BareLinear(torch.autograd.Function):
+    """The frozen linear layer by itself, which still hands zero gradients to B and C.
+
+    Not `F.linear` plus a node behind it: such a node's output would be a view, on which an in-place activation fails.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, B, C):  # type: ignore[no-untyped-def, override]
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, B, C)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):  # type: ignore[no-untyped-def, override]
+        x, weight, B, C = ctx.saved_tensors
+        need_dx, need_dweight, need_dbias, *_ = ctx.needs_input_grad
+        dx = dy @ weight if need_dx else None
+        dweight = dy.T @ x if need_dweight else None
+        dbias = dy.sum(0) if need_dbias else None
+        return dx, dweight, dbias, *_zero_gradients(ctx, (3, B), (4, C))
+
+
+def _zero_gradients(ctx, *arguments: tuple[int, Tensor]) -> list[Tensor | None]:  # type: ignore[no-untyped-def]
+    # Zero rather than None: DDP and FSDP wait for the gradient of every parameter that they manage.
+    return [torch.zeros_like(tensor) if ctx.needs_input_grad[index] else None for index, tensor in arguments]
 
 
 def _keeps_projection(save_for_backward: str, weight: Tensor, basis: Tensor) -> bool:

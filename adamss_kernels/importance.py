@@ -1,0 +1,285 @@
+"""`RowStack`: the trainable matrices of all layers as a few tall ones, so that ASA costs a few kernels per step.
+
+Every row of every B and C belongs to one subspace, so matrices of equal row length can be stacked whatever layer they
+come from. A model has two stacks as a rule, all its Bs (rows of R) and all its Cs (rows of r_max). Under FSDP a stack
+holds this rank's rows, and sums over rows are reduced over the ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .linear import FusedAdaMSSLinear
+
+
+class Member(NamedTuple):
+    """One trainable matrix: parameter `which` ("B" or "C") of the layer called `name`."""
+
+    name: str
+    layer: FusedAdaMSSLinear
+    which: str
+
+    @property
+    def key(self) -> str:
+        """Name of the matrix in state dicts."""
+        return f"{self.name}.{self.which}"
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter as it is now: FSDP and device moves may replace it."""
+        parameter = self.layer._parameters[self.which]
+        assert parameter is not None
+        return parameter
+
+
+def build_stacks(layers: Mapping[str, FusedAdaMSSLinear], betas: tuple[float, float]) -> list[RowStack]:
+    """Stack B and C of all `layers` by device, dtype, row length and sharding.
+
+    Args:
+        layers: Adapted layers by name. Subspaces are numbered through them in this order.
+        betas: EMA coefficients of the importance and of its uncertainty.
+
+    Raises:
+        NotImplementedError: A parameter is sharded along another dimension than 0.
+    """
+    parts: dict[Any, list[tuple[Member, Tensor, Tensor]]] = {}
+    first = 0
+    for name, layer in layers.items():
+        ranks = torch.tensor(layer.layout.ranks)
+        row_subspace = layer.row_subspace.cpu().long()
+        sizes = torch.bincount(row_subspace, minlength=len(ranks))
+        of_B = torch.repeat_interleave(torch.arange(len(ranks)), ranks)
+        for which, owner, elements in (
+            ("B", of_B, ranks * layer.basis.shape[0]),
+            ("C", row_subspace, ranks * sizes),
+        ):
+            member = Member(name, layer, which)
+            key = _stack_key(member)
+            part = (member, owner + first, 1 / elements.double()[owner])
+            parts.setdefault(key, []).append(part)
+        first += len(ranks)
+    return [RowStack(part, first, betas) for part in parts.values()]
+
+
+class RowStack:
+    """Matrices of one row length on top of each other, with the EMAs of their importance.
+
+    Attributes:
+        members: What is stacked, in order.
+        importance: (rows, width) float32 (float64 for float64 parameters), EMA of |w * g|.
+        uncertainty: (rows, width), EMA of the deviation of |w * g| from the importance before it.
+        sharding: Device mesh and placements of the parameters; (None, ()) for plain tensors.
+        device: Where this rank's rows are.
+    """
+
+    def __init__(
+        self, parts: Sequence[tuple[Member, Tensor, Tensor]], num_subspaces: int, betas: tuple[float, float]
+    ) -> None:
+        """Stack `parts`: members, each with the subspace and the weight in its mean of every row, over all ranks."""
+        self.members = [member for member, _, _ in parts]
+        self._num_subspaces = num_subspaces
+        example = self.members[0].parameter
+        self._mesh = getattr(example, "device_mesh", None)
+        self._placements = tuple(getattr(example, "placements", ()))
+        self.sharding = (self._mesh, self._placements)
+
+        owners = [self._local_rows(owner) for _, owner, _ in parts]
+        self._rows = [len(owner) for owner in owners]
+        # On the CPU: events sum rows there, in one order, as floating-point atomics on a GPU would not.
+        self._owner = torch.cat(owners)
+        self._share = torch.cat([self._local_rows(share) for _, _, share in parts])
+
+        locals_ = self._parameters()
+        self.device = locals_[0].device
+        dtype = torch.promote_types(example.dtype, torch.float32)
+        shape = (sum(self._rows), locals_[0].shape[1])
+        self.importance, self.uncertainty, self._weight, self._grad = (
+            torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(4)
+        )
+        self._betas = betas
+        # 0-dim tensors: which of them applies is decided on the device.
+        constants = (0.0, 1.0, *betas)
+        self._zero, self._one, *self._decays = (torch.tensor(v, dtype=dtype, device=self.device) for v in constants)
+        self._touched: list[tuple[Member, Tensor]] = []
+        self._touched_rows: list[int] = []
+        self._frozen = torch.empty(0, 1, dtype=torch.bool, device=self.device)
+        self._saved: Tensor | None = None
+
+    def measure(self) -> Tensor:
+        """Compute |w * g| of every element from the present weights and gradients; `accumulate` uses it.
+
+        Returns:
+            Its sum over this rank's rows, a 0-dim tensor: finite exactly when all of it is.
+
+        Raises:
+            RuntimeError: The parameters have been resharded since the stack was built.
+        """
+        parameters = [member.parameter for member in self.members]
+        # A layer that this step did not use has no gradient: its importance was zero.
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        self._stack([self._local(p) for p in parameters], self._weight)
+        self._stack([self._local(grad) for grad in grads], self._grad)
+        return self._weight.mul_(self._grad).abs_().sum()
+
+    def accumulate(self, valid: Tensor) -> None:
+        """Let both EMAs take in the measured |w * g|, or, where `valid` (0-dim bool) is False, leave them as they are.
+
+        uncertainty = b2 uncertainty + (1 - b2) ||w g| - importance|, then importance = b1 importance + (1 - b1) |w g|.
+        """
+        b1, b2 = self._betas
+        decay1, decay2 = (torch.where(valid, decay, self._one) for decay in self._decays)
+        measured = torch.where(valid, self._weight, self._zero, out=self._weight)
+        deviation = torch.sub(measured, self.importance, out=self._grad).abs_().mul_(valid)
+        self.uncertainty.mul_(decay2).add_(deviation, alpha=1 - b2)
+        self.importance.mul_(decay1).add_(measured, alpha=1 - b1)
+
+    def reset(self) -> None:
+        """Restart both EMAs at zero."""
+        self.importance.zero_()
+        self.uncertainty.zero_()
+
+    def scores(self, dtype: torch.dtype | None) -> Tensor:
+        """Return each subspace's mean of importance * uncertainty over its elements in this stack.
+
+        A subspace with a weight that is not finite has a score that is not finite. Reduced over the ranks that share
+        the rows.
+
+        Args:
+            dtype: Of the products; None for that of the EMAs. Sums are float64.
+
+        Returns:
+            (total number of subspaces,) float64 on the CPU; zero for subspaces without rows here.
+        """
+        importance, uncertainty = (t if dtype is None else t.to(dtype) for t in (self.importance, self.uncertainty))
+        rows = importance.mul(uncertainty).sum(1, dtype=torch.float64)
+        rows += self._stack(self._parameters(), self._weight).sum(1, dtype=torch.float64) * 0.0
+        total = torch.bincount(self._owner, weights=rows.cpu() * self._share, minlength=self._num_subspaces)
+        return self.reduce(total.to(self.device)).cpu()
+
+    def reduce(self, tensor: Tensor) -> Tensor:
+        """Sum `tensor` in place over the ranks that hold other rows of this stack, and return it."""
+        if self._mesh is not None:
+            import torch.distributed as dist
+
+            for dim, placement in enumerate(self._placements):
+                if placement.is_shard():
+                    dist.all_reduce(tensor, group=self._mesh.get_group(dim))
+        return tensor
+
+    def freeze(self, frozen: Tensor) -> None:
+        """Choose the rows that `save_rows` and `restore_rows` protect: those of the subspaces in `frozen` (bool, CPU).
+
+        Only matrices with such a row are touched at all.
+        """
+        chosen = [
+            (member, rows)
+            for member, rows in zip(self.members, frozen[self._owner].split(self._rows), strict=True)
+            if bool(rows.any())
+        ]
+        self._touched_rows = [len(rows) for _, rows in chosen]
+        self._frozen = torch.cat([rows for _, rows in chosen] or [frozen[:0]])[:, None].to(self.device)
+        keep = (~self._frozen).to(self._weight.dtype).expand(-1, self._weight.shape[1]).contiguous()
+        self._touched = [
+            (member, part) for (member, _), part in zip(chosen, keep.split(self._touched_rows), strict=True)
+        ]
+        self._saved = None
+
+    def save_rows(self) -> None:
+        """Remember the touched matrices as they are before an optimizer step."""
+        if self._touched:
+            self._saved = torch.cat(self._parameters(self._touched_members()))
+
+    def restore_rows(self, optimizer: torch.optim.Optimizer) -> None:
+        """Undo, bit for bit, what a step did to frozen rows, and zero their entries of the optimizer's state."""
+        if self._saved is None:
+            return
+        parameters = self._parameters(self._touched_members())
+        restored = torch.where(self._frozen, self._saved, torch.cat(parameters))
+        torch._foreach_copy_(parameters, list(restored.split(self._touched_rows)))
+        self._saved = None
+
+        states, keeps = [], []
+        for member, keep in self._touched:
+            parameter = member.parameter
+            for value in optimizer.state.get(parameter, {}).values():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    states.append(self._local(value))
+                    keeps.append(keep)
+        if states:
+            torch._foreach_mul_(states, keeps)
+
+    def export(self, stacked: Tensor) -> dict[str, Tensor]:
+        """Cut a copy of `stacked` (rows, width) into the members' matrices, sharded as they are."""
+        parts = stacked.clone().split(self._rows)
+        if self._mesh is None:
+            return {member.key: part.clone() for member, part in zip(self.members, parts, strict=True)}
+        from torch.distributed.tensor import DTensor
+
+        matrices: dict[str, Tensor] = {}
+        for member, part in zip(self.members, parts, strict=True):
+            shape, stride = member.parameter.shape, member.parameter.stride()
+            matrices[member.key] = DTensor.from_local(
+                part.clone(), self._mesh, self._placements, run_check=False, shape=shape, stride=stride
+            )
+        return matrices
+
+    def load(self, stacked: Tensor, matrices: Mapping[str, Tensor]) -> None:
+        """Fill `stacked` (rows, width) from what `export` returned, also when it was sharded otherwise.
+
+        Raises:
+            ValueError: A matrix is missing or has another shape than its parameter.
+        """
+        for member, part in zip(self.members, stacked.split(self._rows), strict=True):
+            expected = tuple(member.parameter.shape)
+            if member.key not in matrices:
+                raise ValueError(f"state_dict: expected an entry for {member.key!r}, got none")
+            matrix = matrices[member.key]
+            if tuple(matrix.shape) != expected:
+                raise ValueError(f"state_dict: {member.key!r}: expected shape {expected}, got {tuple(matrix.shape)}")
+            part.copy_(self._local_rows(full_tensor(matrix)))
+
+    def _parameters(self, members: Sequence[Member] | None = None) -> list[Tensor]:
+        return [self._local(member.parameter) for member in members or self.members]
+
+    def _touched_members(self) -> list[Member]:
+        return [member for member, _ in self._touched]
+
+    def _local(self, tensor: Tensor) -> Tensor:
+        return tensor if self._mesh is None else tensor.to_local()  # type: ignore[attr-defined]
+
+    def _local_rows(self, full: Tensor) -> Tensor:
+        """Return this rank's rows of a tensor whose rows are those of a member, on the tensor's device."""
+        if self._mesh is None:
+            return full
+        from torch.distributed.tensor import distribute_tensor
+
+        # Without a source rank nothing is sent: every rank has the whole tensor and cuts its own part.
+        device = full.device
+        full = full.to(self._mesh.device_type)
+        return distribute_tensor(full, self._mesh, self._placements, src_data_rank=None).to_local().to(device)
+
+    def _stack(self, tensors: Sequence[Tensor], out: Tensor) -> Tensor:
+        rows = sum(tensor.shape[0] for tensor in tensors)
+        if rows != out.shape[0]:
+            raise RuntimeError(
+                f"SubspaceAllocator: expected {out.shape[0]} parameter rows on this rank as on first use, got {rows}; "
+                "shard the model before its first optimizer step"
+            )
+        return torch.cat(tuple(tensors), out=out)
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return a plain tensor: of a DTensor the whole (a collective call), any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _stack_key(member: Member) -> tuple[Any, ...]:
+    parameter = member.parameter
+    placements = tuple(getattr(parameter, "placements", ()))
+    if any(placement.is_shard() and placement.dim != 0 for placement in placements):
+        raise NotImplementedError(f"{member.key}: expected a parameter sharded along dimension 0, got {placements}")
+    return parameter.device, parameter.dtype, parameter.shape[1], getattr(parameter, "device_mesh", None), placements
