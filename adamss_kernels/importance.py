@@ -93,17 +93,14 @@ class RowStack:
         self._owner = torch.cat(owners)
         self._share = torch.cat([self._local_rows(share) for _, _, share in parts])
 
-        locals_ = self._parameters()
-        self.device = locals_[0].device
+        self.device = self._local([example])[0].device
         dtype = torch.promote_types(example.dtype, torch.float32)
-        shape = (sum(self._rows), locals_[0].shape[1])
-        self.importance, self.uncertainty, self._weight, self._grad = (
+        shape = (sum(self._rows), example.shape[1])
+        self.importance, self.uncertainty, self._measured, self._scratch = (
             torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(4)
         )
-        self._betas = betas
-        # 0-dim tensors: which of them applies is decided on the device.
-        constants = (0.0, 1.0, *betas)
-        self._zero, self._one, *self._decays = (torch.tensor(v, dtype=dtype, device=self.device) for v in constants)
+        # 0-dim tensors, so that the device can zero them for a step that does not count.
+        self._weights = [torch.tensor(1 - beta, dtype=dtype, device=self.device) for beta in betas]
         self._touched: list[tuple[Member, Tensor]] = []
         self._touched_rows: list[int] = []
         self._frozen = torch.empty(0, 1, dtype=torch.bool, device=self.device)
@@ -118,24 +115,24 @@ class RowStack:
         Raises:
             RuntimeError: The parameters have been resharded since the stack was built.
         """
-        parameters = [member.parameter for member in self.members]
+        parameters = self._parameters()
         # A layer that this step did not use has no gradient: its importance was zero.
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        self._stack([self._local(p) for p in parameters], self._weight)
-        self._stack([self._local(grad) for grad in grads], self._grad)
-        return self._weight.mul_(self._grad).abs_().sum()
+        self._stack(parameters, self._measured)
+        self._stack(grads, self._scratch)
+        return self._measured.mul_(self._scratch).abs_().sum()
 
     def accumulate(self, valid: Tensor) -> None:
         """Let both EMAs take in the measured |w * g|, or, where `valid` (0-dim bool) is False, leave them as they are.
 
         uncertainty = b2 uncertainty + (1 - b2) ||w g| - importance|, then importance = b1 importance + (1 - b1) |w g|.
         """
-        b1, b2 = self._betas
-        decay1, decay2 = (torch.where(valid, decay, self._one) for decay in self._decays)
-        measured = torch.where(valid, self._weight, self._zero, out=self._weight)
-        deviation = torch.sub(measured, self.importance, out=self._grad).abs_().mul_(valid)
-        self.uncertainty.mul_(decay2).add_(deviation, alpha=1 - b2)
-        self.importance.mul_(decay1).add_(measured, alpha=1 - b1)
+        # With weight 0 a lerp changes nothing, not even rounding, provided that its end is finite.
+        weight1, weight2 = (weight * valid for weight in self._weights)
+        measured = self._measured.nan_to_num_(0.0, 0.0, 0.0)
+        deviation = torch.sub(measured, self.importance, out=self._scratch).abs_()
+        self.uncertainty.lerp_(deviation, weight2)
+        self.importance.lerp_(measured, weight1)
 
     def reset(self) -> None:
         """Restart both EMAs at zero."""
@@ -156,7 +153,7 @@ class RowStack:
         """
         importance, uncertainty = (t if dtype is None else t.to(dtype) for t in (self.importance, self.uncertainty))
         rows = importance.mul(uncertainty).sum(1, dtype=torch.float64)
-        rows += self._stack(self._parameters(), self._weight).sum(1, dtype=torch.float64) * 0.0
+        rows += self._stack(self._parameters(), self._scratch).sum(1, dtype=torch.float64) * 0.0
         total = torch.bincount(self._owner, weights=rows.cpu() * self._share, minlength=self._num_subspaces)
         return self.reduce(total.to(self.device)).cpu()
 
@@ -182,7 +179,7 @@ class RowStack:
         ]
         self._touched_rows = [len(rows) for _, rows in chosen]
         self._frozen = torch.cat([rows for _, rows in chosen] or [frozen[:0]])[:, None].to(self.device)
-        keep = (~self._frozen).to(self._weight.dtype).expand(-1, self._weight.shape[1]).contiguous()
+        keep = (~self._frozen).to(self._measured.dtype).expand(-1, self._measured.shape[1]).contiguous()
         self._touched = [
             (member, part) for (member, _), part in zip(chosen, keep.split(self._touched_rows), strict=True)
         ]
@@ -191,26 +188,27 @@ class RowStack:
     def save_rows(self) -> None:
         """Remember the touched matrices as they are before an optimizer step."""
         if self._touched:
-            self._saved = torch.cat(self._parameters(self._touched_members()))
+            self._saved = torch.cat(self._local([member.parameter for member, _ in self._touched]))
 
     def restore_rows(self, optimizer: torch.optim.Optimizer) -> None:
         """Undo, bit for bit, what a step did to frozen rows, and zero their entries of the optimizer's state."""
         if self._saved is None:
             return
-        parameters = self._parameters(self._touched_members())
+        parameters = self._local([member.parameter for member, _ in self._touched])
         restored = torch.where(self._frozen, self._saved, torch.cat(parameters))
         torch._foreach_copy_(parameters, list(restored.split(self._touched_rows)))
         self._saved = None
 
-        states, keeps = [], []
+        states: list[Tensor] = []
+        keeps: list[Tensor] = []
         for member, keep in self._touched:
             parameter = member.parameter
             for value in optimizer.state.get(parameter, {}).values():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    states.append(self._local(value))
+                    states.append(value)
                     keeps.append(keep)
         if states:
-            torch._foreach_mul_(states, keeps)
+            torch._foreach_mul_(self._local(states), keeps)
 
     def export(self, stacked: Tensor) -> dict[str, Tensor]:
         """Cut a copy of `stacked` (rows, width) into the members' matrices, sharded as they are."""
@@ -242,14 +240,11 @@ class RowStack:
                 raise ValueError(f"state_dict: {member.key!r}: expected shape {expected}, got {tuple(matrix.shape)}")
             part.copy_(self._local_rows(full_tensor(matrix)))
 
-    def _parameters(self, members: Sequence[Member] | None = None) -> list[Tensor]:
-        return [self._local(member.parameter) for member in members or self.members]
+    def _parameters(self) -> list[Tensor]:
+        return [member.parameter for member in self.members]
 
-    def _touched_members(self) -> list[Member]:
-        return [member for member, _ in self._touched]
-
-    def _local(self, tensor: Tensor) -> Tensor:
-        return tensor if self._mesh is None else tensor.to_local()  # type: ignore[attr-defined]
+    def _local(self, tensors: list[Tensor]) -> list[Tensor]:
+        return tensors if self._mesh is None else [tensor.to_local() for tensor in tensors]  # type: ignore[attr-defined]
 
     def _local_rows(self, full: Tensor) -> Tensor:
         """Return this rank's rows of a tensor whose rows are those of a member, on the tensor's device."""
@@ -262,14 +257,16 @@ class RowStack:
         full = full.to(self._mesh.device_type)
         return distribute_tensor(full, self._mesh, self._placements, src_data_rank=None).to_local().to(device)
 
-    def _stack(self, tensors: Sequence[Tensor], out: Tensor) -> Tensor:
-        rows = sum(tensor.shape[0] for tensor in tensors)
-        if rows != out.shape[0]:
+    def _stack(self, tensors: list[Tensor], out: Tensor) -> Tensor:
+        """Put this rank's part of the members' `tensors` on top of each other into `out`."""
+        local = self._local(tensors)
+        torch.cat(local, out=out)
+        if out.shape != self.importance.shape:
             raise RuntimeError(
-                f"SubspaceAllocator: expected {out.shape[0]} parameter rows on this rank as on first use, got {rows}; "
-                "shard the model before its first optimizer step"
+                f"SubspaceAllocator: expected parameter rows {tuple(self.importance.shape)} on this rank, as at first "
+                f"use, got {tuple(out.shape)}; shard the model before its first optimizer step"
             )
-        return torch.cat(tuple(tensors), out=out)
+        return out
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
