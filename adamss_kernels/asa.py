@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import warnings
@@ -326,7 +327,8 @@ class SubspaceAllocator:
         return (trainable & active).cpu()
 
     def _counts(self, trained: Tensor) -> list[int]:
-        return [int(part.sum()) for part in trained.split(self._sizes)]
+        flags = iter(trained.tolist())
+        return [sum(itertools.islice(flags, size)) for size in self._sizes]
 
     def _locate(self, index: int) -> tuple[str, int]:
         """Return the layer's name and the number within it of subspace `index`."""

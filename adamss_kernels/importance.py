@@ -82,6 +82,7 @@ class RowStack:
         """Stack `parts`: members, each with the subspace and the weight in its mean of every row, over all ranks."""
         self.members = [member for member, _, _ in parts]
         self._num_subspaces = num_subspaces
+        self._slots = [(member.layer._parameters, member.which) for member in self.members]
         example = self.members[0].parameter
         self._mesh = getattr(example, "device_mesh", None)
         self._placements = tuple(getattr(example, "placements", ()))
@@ -241,7 +242,8 @@ class RowStack:
             part.copy_(self._local_rows(full_tensor(matrix)))
 
     def _parameters(self) -> list[Tensor]:
-        return [member.parameter for member in self.members]
+        # `member.parameter` without its cost: this runs for every layer in every step.
+        return [parameters[which] for parameters, which in self._slots]  # type: ignore[misc]
 
     def _local(self, tensors: list[Tensor]) -> list[Tensor]:
         return tensors if self._mesh is None else [tensor.to_local() for tensor in tensors]  # type: ignore[attr-defined]

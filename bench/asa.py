@@ -81,56 +81,62 @@ def medians(contenders: dict[str, Callable[[], object]], repeats: int) -> dict[s
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Time the contenders in groups, each interleaved by itself: what is compared shares its run and its caches."""
     shape = (args.width, args.subspaces, args.r)
     never, always = 10**9 - 1, 1
-    contenders: dict[str, Callable[[], object]] = {}
+    milliseconds: dict[str, dict[str, float]] = {}
+
+    def compare(group: str, contenders: dict[str, Callable[[], object]]) -> dict[str, float]:
+        seconds = medians(contenders, args.repeats)
+        milliseconds[group] = {name: 1e3 * value for name, value in seconds.items()}
+        return seconds
+
+    def ours(num_layers: int, interval: int) -> Callable[[], object]:
+        model, allocator = fused_chain(num_layers, *shape, interval)
+        fill_gradients(model)
+        return lambda: allocator.update_and_allocate(2)
+
+    def theirs(interval: int) -> Callable[[], object]:
+        model = peft_chain(args.layers, *shape, interval)
+        fill_gradients(model)
+        return lambda: model.base_model.update_and_allocate(2)
+
+    update = compare("update", {"ours": ours(args.layers, never), "PEFT": theirs(never)})
+    event = compare("update with event", {"ours": ours(args.layers, always), "PEFT": theirs(always)})
+    scale = compare("layers", {"as given": ours(args.layers, never), "10 x": ours(args.layers * 10, never)})
 
     model, allocator = fused_chain(args.layers, *shape, never)
     parameters = fill_gradients(model)
-    contenders["update"] = lambda: allocator.update_and_allocate(2)
-    big_model, big_allocator = fused_chain(args.layers * 10, *shape, never)
-    fill_gradients(big_model)
-    contenders["update, 10 x layers"] = lambda: big_allocator.update_and_allocate(2)
-    event_model, event_allocator = fused_chain(args.layers, *shape, always)
-    fill_gradients(event_model)
-    contenders["update with event"] = lambda: event_allocator.update_and_allocate(2)
-
-    stock = peft_chain(args.layers, *shape, never)
-    fill_gradients(stock)
-    contenders["PEFT update"] = lambda: stock.base_model.update_and_allocate(2)
-    stock_event = peft_chain(args.layers, *shape, always)
-    fill_gradients(stock_event)
-    contenders["PEFT update with event"] = lambda: stock_event.base_model.update_and_allocate(2)
-
-    for name, options in (("fused", {"fused": True}), ("foreach", {"foreach": True}), ("default", {})):
-        contenders[f"AdamW step, {name}"] = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, **options).step
     x = torch.randn(args.tokens, args.width)
 
     def forward() -> None:
         with torch.no_grad():
             model(x)
 
-    contenders["forward"] = forward
-    # The guard of frozen rows, with every layer partly frozen: what attach() adds to an optimizer step.
-    guarded_model, guarded = fused_chain(args.layers, *shape, never)
+    # What attach() adds to a step where every layer is partly frozen.
+    guarded_model, guard = fused_chain(args.layers, *shape, never)
     guarded_parameters = fill_gradients(guarded_model)
     for layer in guarded_model:
         layer.trainable[::2] = False
-    optimizer = torch.optim.AdamW(guarded_parameters, lr=0.0, weight_decay=0.0, fused=True)
-    guarded.attach(optimizer)
-    contenders["AdamW step, fused, with half of the subspaces frozen"] = optimizer.step
-
-    seconds = medians(contenders, args.repeats)
-    step_and_forward = {
-        name: seconds["update"] / (seconds[f"AdamW step, {name}"] + seconds["forward"])
-        for name in ("fused", "foreach", "default")
-    }
+    guarded = torch.optim.AdamW(guarded_parameters, lr=0.0, weight_decay=0.0, foreach=True)
+    guard.attach(guarded)
+    step = compare(
+        "training step",
+        {
+            "AdamW step, fused": torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, fused=True).step,
+            "AdamW step, foreach": torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, foreach=True).step,
+            "AdamW step, foreach, half of the subspaces frozen": guarded.step,
+            "update": lambda: allocator.update_and_allocate(2),
+            "forward": forward,
+        },
+    )
     return {
-        "milliseconds": {name: 1e3 * value for name, value in seconds.items()},
-        "PEFT / ours, update": seconds["PEFT update"] / seconds["update"],
-        "PEFT / ours, update with event": seconds["PEFT update with event"] / seconds["update with event"],
-        "update / (AdamW step + forward)": step_and_forward,
-        "update, 10 x layers / update": seconds["update, 10 x layers"] / seconds["update"],
+        "milliseconds": milliseconds,
+        "PEFT / ours, update": update["PEFT"] / update["ours"],
+        "PEFT / ours, update with event": event["PEFT"] / event["ours"],
+        "10 x layers / update": scale["10 x"] / scale["as given"],
+        "update / (AdamW step, fused, + forward)": step["update"] / (step["AdamW step, fused"] + step["forward"]),
+        "update / (AdamW step, foreach, + forward)": step["update"] / (step["AdamW step, foreach"] + step["forward"]),
     }
 
 

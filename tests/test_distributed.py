@@ -2,8 +2,10 @@
 
 import copy
 import datetime
+import multiprocessing
 import os
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -85,7 +87,9 @@ def sharded(model):
 
 def launch(scenario, folder, *, expect_success=True):
     """Run `scenario(rank, folder)` in two processes of a gloo group; return their exit codes."""
-    context = torch.multiprocessing.get_context("spawn")
+    # Forked from a server that has imported everything once, and that has no threads which a fork could break.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     processes = [context.Process(target=in_group, args=(scenario, rank, folder)) for rank in range(RANKS)]
     for process in processes:
         process.start()
@@ -100,6 +104,9 @@ def launch(scenario, folder, *, expect_success=True):
 
 def in_group(scenario, rank, folder):
     torch.set_num_threads(1)
+    if "lo" in (name for _, name in socket.if_nameindex()):
+        # Else gloo looks up the host's name, which takes seconds where no name server answers.
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     init = f"file://{folder}/rendezvous"
     timeout = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=init, rank=rank, world_size=RANKS, timeout=timeout)
