@@ -89,7 +89,8 @@ def adamss_linear(
         y = F.linear(tokens, weight, bias)
     else:
         y, _, _ = linear_forward(*operands, False, False, backend)
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+    # A view only where needed: FSDP2 warns of modules that return one, since in-place changes of it bypass its hooks.
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
 
 
 class _AdaMSSLinear(torch.autograd.Function):
