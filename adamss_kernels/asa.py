@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
+import math
 import os
 import warnings
 import weakref
@@ -236,16 +238,22 @@ class SubspaceAllocator:
                 "optimizer.zero_grad()"
             )
         home = stacks[0].device
-        # Decided on the device: a read-back would stall it at every step. A sum that is not finite stays so in a sum.
-        total = torch.stack([stack.measure().to(home, torch.float64, non_blocking=True) for stack in stacks]).sum()
+        # A sum that is not finite stays so in every sum that contains it.
+        total = functools.reduce(torch.add, (stack.measure().to(home, non_blocking=True) for stack in stacks))
         if self._found_inf is not None:
             # A fused optimizer under GradScaler runs its hooks also when it skips.
             total = torch.where(self._found_inf.to(home, non_blocking=True) == 0, total, torch.nan)
         for stack in {stack.sharding: stack for stack in stacks}.values():
             total = stack.reduce(total)
-        valid = torch.isfinite(total)
-        for stack in stacks:
-            stack.accumulate(valid.to(stack.device, non_blocking=True))
+        if home.type == "cpu":
+            if math.isfinite(total.item()):
+                for stack in stacks:
+                    stack.accumulate(None)
+        else:
+            # Decided on the device: a read-back would stall it at every step.
+            valid = torch.isfinite(total)
+            for stack in stacks:
+                stack.accumulate(valid.to(stack.device, non_blocking=True))
         self._scored_steps += 1
 
     def _allocate(self, step: int) -> None:

@@ -101,7 +101,7 @@ class RowStack:
             torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(4)
         )
         # 0-dim tensors, so that the device can zero them for a step that does not count.
-        self._weights = [torch.tensor(1 - beta, dtype=dtype, device=self.device) for beta in betas]
+        self._weights = tuple(torch.tensor(1 - beta, dtype=dtype, device=self.device) for beta in betas)
         self._touched: list[tuple[Member, Tensor]] = []
         self._touched_rows: list[int] = []
         self._frozen = torch.empty(0, 1, dtype=torch.bool, device=self.device)
@@ -117,20 +117,28 @@ class RowStack:
             RuntimeError: The parameters have been resharded since the stack was built.
         """
         parameters = self._parameters()
-        # A layer that this step did not use has no gradient: its importance was zero.
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        grads = [parameter.grad for parameter in parameters]
+        if any(grad is None for grad in grads):
+            # A layer that this step did not use: its importance was zero.
+            grads = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]
         self._stack(parameters, self._measured)
-        self._stack(grads, self._scratch)
+        self._stack(grads, self._scratch)  # type: ignore[arg-type]
         return self._measured.mul_(self._scratch).abs_().sum()
 
-    def accumulate(self, valid: Tensor) -> None:
-        """Let both EMAs take in the measured |w * g|, or, where `valid` (0-dim bool) is False, leave them as they are.
+    def accumulate(self, valid: Tensor | None) -> None:
+        """Let both EMAs take in the measured |w * g|, unless the step does not count.
 
         uncertainty = b2 uncertainty + (1 - b2) ||w g| - importance|, then importance = b1 importance + (1 - b1) |w g|.
+
+        Args:
+            valid: Whether it counts, a 0-dim bool on this stack's device that nobody has read; None if it does.
         """
-        # With weight 0 a lerp changes nothing, not even rounding, provided that its end is finite.
-        weight1, weight2 = (weight * valid for weight in self._weights)
-        measured = self._measured.nan_to_num_(0.0, 0.0, 0.0)
+        weight1, weight2 = self._weights
+        measured = self._measured
+        if valid is not None:
+            # With weight 0 a lerp changes nothing, not even rounding, provided that its end is finite.
+            weight1, weight2 = weight1 * valid, weight2 * valid
+            measured.nan_to_num_(0.0, 0.0, 0.0)
         deviation = torch.sub(measured, self.importance, out=self._scratch).abs_()
         self.uncertainty.lerp_(deviation, weight2)
         self.importance.lerp_(measured, weight1)

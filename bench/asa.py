@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import peft
 import torch
@@ -67,17 +67,30 @@ def fill_gradients(model: nn.Module) -> list[nn.Parameter]:
     return trainable
 
 
-def medians(contenders: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+class Contender(NamedTuple):
+    """What is timed, and what runs before it each time."""
+
+    run: Callable[[], object]
+    prepare: Callable[[], object] = lambda: None
+
+
+def medians(contenders: dict[str, Contender], repeats: int) -> dict[str, float]:
     """Run the contenders in turn `repeats` times and return each one's median in seconds."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for round_ in range(repeats + 3):
-        for name, run in contenders.items():
+        for name, contender in contenders.items():
+            contender.prepare()
             start = time.perf_counter()
-            run()
+            contender.run()
             elapsed = time.perf_counter() - start
             if round_ >= 3:
                 times[name].append(elapsed)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def optimizer_of(parameters: list[nn.Parameter], **options: bool) -> torch.optim.Optimizer:
+    """Return an AdamW that changes nothing, so that every repetition sees the same numbers."""
+    return torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, **options)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -86,20 +99,19 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     never, always = 10**9 - 1, 1
     milliseconds: dict[str, dict[str, float]] = {}
 
-    def compare(group: str, contenders: dict[str, Callable[[], object]]) -> dict[str, float]:
+    def compare(group: str, contenders: dict[str, Contender]) -> dict[str, float]:
         seconds = medians(contenders, args.repeats)
         milliseconds[group] = {name: 1e3 * value for name, value in seconds.items()}
         return seconds
 
-    def ours(num_layers: int, interval: int) -> Callable[[], object]:
+    # An update comes after an optimizer step, which leaves weights and gradients in the caches.
+    def ours(num_layers: int, interval: int) -> Contender:
         model, allocator = fused_chain(num_layers, *shape, interval)
-        fill_gradients(model)
-        return lambda: allocator.update_and_allocate(2)
+        return Contender(lambda: allocator.update_and_allocate(2), optimizer_of(fill_gradients(model)).step)
 
-    def theirs(interval: int) -> Callable[[], object]:
+    def theirs(interval: int) -> Contender:
         model = peft_chain(args.layers, *shape, interval)
-        fill_gradients(model)
-        return lambda: model.base_model.update_and_allocate(2)
+        return Contender(lambda: model.base_model.update_and_allocate(2), optimizer_of(fill_gradients(model)).step)
 
     update = compare("update", {"ours": ours(args.layers, never), "PEFT": theirs(never)})
     event = compare("update with event", {"ours": ours(args.layers, always), "PEFT": theirs(always)})
@@ -118,16 +130,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     guarded_parameters = fill_gradients(guarded_model)
     for layer in guarded_model:
         layer.trainable[::2] = False
-    guarded = torch.optim.AdamW(guarded_parameters, lr=0.0, weight_decay=0.0, foreach=True)
+    guarded = optimizer_of(guarded_parameters, foreach=True)
     guard.attach(guarded)
     step = compare(
         "training step",
         {
-            "AdamW step, fused": torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, fused=True).step,
-            "AdamW step, foreach": torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, foreach=True).step,
-            "AdamW step, foreach, half of the subspaces frozen": guarded.step,
-            "update": lambda: allocator.update_and_allocate(2),
-            "forward": forward,
+            "forward": Contender(forward),
+            "AdamW step, fused": Contender(optimizer_of(parameters, fused=True).step),
+            "AdamW step, foreach": Contender(optimizer_of(parameters, foreach=True).step),
+            "update": Contender(lambda: allocator.update_and_allocate(2)),
+            "AdamW step, foreach, half of the subspaces frozen": Contender(guarded.step),
         },
     )
     return {
