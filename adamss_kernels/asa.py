@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import AdaMSSConfig
-from .importance import RowStack, build_stacks, full_tensor
+from .importance import ImportanceBank, RowStack, build_banks, full_tensor
 from .model import adamss_layers, unwrap
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class SubspaceAllocator:
         self.config = config
         self.history: list[tuple[int, int, list[int]]] = []
         self._sizes = [layer.layout.num_subspaces for layer in self._layers.values()]
-        self._lazy_stacks: list[RowStack] | None = None
+        self._lazy_banks: list[ImportanceBank] | None = None
         self._attached: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._stepped = False
         self._found_inf: Tensor | None = None
@@ -222,46 +222,48 @@ class SubspaceAllocator:
         figure.colorbar(mesh, ax=axes, label="active subspaces")
         figure.savefig(path, dpi=150)
 
-    def _stacks(self) -> list[RowStack]:
+    def _banks(self) -> list[ImportanceBank]:
         # Not in __init__: the model may still be moved, cast or sharded.
-        if self._lazy_stacks is None:
+        if self._lazy_banks is None:
             betas = (self.config.asa_importance_beta, self.config.asa_uncertainty_beta)
-            self._lazy_stacks = build_stacks(self._layers, betas)
-        return self._lazy_stacks
+            self._lazy_banks = build_banks(self._layers, betas)
+        return self._lazy_banks
+
+    def _stacks(self) -> list[RowStack]:
+        return [stack for bank in self._banks() for stack in bank.stacks]
 
     def _score(self) -> None:
         """Let the EMAs take in this step, unless a gradient is not finite anywhere in the model (on any rank)."""
-        stacks = self._stacks()
-        if all(member.parameter.grad is None for stack in stacks for member in stack.members):
+        banks = self._banks()
+        if all(member.parameter.grad is None for stack in self._stacks() for member in stack.members):
             raise RuntimeError(
                 "update_and_allocate: no adapted parameter has a gradient; call it after optimizer.step() and before "
                 "optimizer.zero_grad()"
             )
-        home = stacks[0].device
+        home = banks[0].device
         # A sum that is not finite stays so in every sum that contains it.
-        total = functools.reduce(torch.add, (stack.measure().to(home, non_blocking=True) for stack in stacks))
+        total = functools.reduce(torch.add, (bank.measure().to(home, non_blocking=True) for bank in banks))
         if self._found_inf is not None:
             # A fused optimizer under GradScaler runs its hooks also when it skips.
             total = torch.where(self._found_inf.to(home, non_blocking=True) == 0, total, torch.nan)
-        for stack in {stack.sharding: stack for stack in stacks}.values():
+        for stack in {stack.sharding: stack for stack in self._stacks()}.values():
             total = stack.reduce(total)
         if home.type == "cpu":
             if math.isfinite(total.item()):
-                for stack in stacks:
-                    stack.accumulate(None)
+                for bank in banks:
+                    bank.accumulate(None)
         else:
             # Decided on the device: a read-back would stall it at every step.
             valid = torch.isfinite(total)
-            for stack in stacks:
-                stack.accumulate(valid.to(stack.device, non_blocking=True))
+            for bank in banks:
+                bank.accumulate(valid.to(bank.device, non_blocking=True))
         self._scored_steps += 1
 
     def _allocate(self, step: int) -> None:
         """Hold the event at `step`: rank the subspaces, freeze those beyond the budget, restart the EMAs."""
         config = self.config
         exact = config.asa_compat is None
-        stacks = self._stacks()
-        parts = [stack.scores(torch.float64 if exact else None) for stack in stacks]
+        parts = [stack.scores(torch.float64 if exact else None) for stack in self._stacks()]
         scores = torch.stack(parts).sum(0)
         self._require_finite(step, scores)
 
@@ -283,8 +285,8 @@ class SubspaceAllocator:
             after[scope] = select(scores[scope], candidates, budgets[-1])
         if not torch.equal(before, after):
             self._write_masks(after)
-        for stack in stacks:
-            stack.reset()
+        for bank in self._banks():
+            bank.reset()
         self._scored_steps = 0
         self._record(step, sum(budgets), before, after)
 

@@ -2,7 +2,8 @@
 
 Every row of every B and C belongs to one subspace, so matrices of equal row length can be stacked whatever layer they
 come from. A model has two stacks as a rule, all its Bs (rows of R) and all its Cs (rows of r_max). Under FSDP a stack
-holds this rank's rows, and sums over rows are reduced over the ranks.
+holds this rank's rows, and sums over rows are reduced over the ranks. What is done to each element alone is done to all
+stacks of a device at once: they are parts of an `ImportanceBank`.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ class Member(NamedTuple):
         return parameter
 
 
-def build_stacks(layers: Mapping[str, FusedAdaMSSLinear], betas: tuple[float, float]) -> list[RowStack]:
-    """Stack B and C of all `layers` by device, dtype, row length and sharding.
+def build_banks(layers: Mapping[str, FusedAdaMSSLinear], betas: tuple[float, float]) -> list[ImportanceBank]:
+    """Stack B and C of all `layers` by device, dtype, row length and sharding; one bank per device and dtype.
 
     Args:
         layers: Adapted layers by name. Subspaces are numbered through them in this order.
@@ -62,23 +63,32 @@ def build_stacks(layers: Mapping[str, FusedAdaMSSLinear], betas: tuple[float, fl
             part = (member, owner + first, 1 / elements.double()[owner])
             parts.setdefault(key, []).append(part)
         first += len(ranks)
-    return [RowStack(part, first, betas) for part in parts.values()]
+    banks: dict[Any, list[RowStack]] = {}
+    for same_rows in parts.values():
+        stack = RowStack(same_rows, first)
+        banks.setdefault((stack.device, stack.dtype), []).append(stack)
+    return [ImportanceBank(stacks, betas) for stacks in banks.values()]
 
 
 class RowStack:
-    """Matrices of one row length on top of each other, with the EMAs of their importance.
+    """Matrices of one row length on top of each other, with their part of the bank's averages.
 
     Attributes:
         members: What is stacked, in order.
-        importance: (rows, width) float32 (float64 for float64 parameters), EMA of |w * g|.
+        importance: (rows, width) of `dtype`, EMA of |w * g|.
         uncertainty: (rows, width), EMA of the deviation of |w * g| from the importance before it.
         sharding: Device mesh and placements of the parameters; (None, ()) for plain tensors.
         device: Where this rank's rows are.
+        dtype: Of the averages: float32, or float64 for float64 parameters.
+        num_elements: rows times width on this rank.
     """
 
-    def __init__(
-        self, parts: Sequence[tuple[Member, Tensor, Tensor]], num_subspaces: int, betas: tuple[float, float]
-    ) -> None:
+    importance: Tensor
+    uncertainty: Tensor
+    measured: Tensor
+    scratch: Tensor
+
+    def __init__(self, parts: Sequence[tuple[Member, Tensor, Tensor]], num_subspaces: int) -> None:
         """Stack `parts`: members, each with the subspace and the weight in its mean of every row, over all ranks."""
         self.members = [member for member, _, _ in parts]
         self._num_subspaces = num_subspaces
@@ -95,23 +105,21 @@ class RowStack:
         self._share = torch.cat([self._local_rows(share) for _, _, share in parts])
 
         self.device = self._local([example])[0].device
-        dtype = torch.promote_types(example.dtype, torch.float32)
-        shape = (sum(self._rows), example.shape[1])
-        self.importance, self.uncertainty, self._measured, self._scratch = (
-            torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(4)
-        )
-        # 0-dim tensors, so that the device can zero them for a step that does not count.
-        self._weights = tuple(torch.tensor(1 - beta, dtype=dtype, device=self.device) for beta in betas)
+        self.dtype = torch.promote_types(example.dtype, torch.float32)
+        self._shape = (sum(self._rows), example.shape[1])
+        self.num_elements = self._shape[0] * self._shape[1]
         self._touched: list[tuple[Member, Tensor]] = []
         self._touched_rows: list[int] = []
         self._frozen = torch.empty(0, 1, dtype=torch.bool, device=self.device)
         self._saved: Tensor | None = None
 
-    def measure(self) -> Tensor:
-        """Compute |w * g| of every element from the present weights and gradients; `accumulate` uses it.
+    def use_buffers(self, *buffers: Tensor) -> None:
+        """Take importance, uncertainty, measured and scratch, each (num_elements,), from the bank."""
+        shaped = (buffer.view(self._shape) for buffer in buffers)
+        self.importance, self.uncertainty, self.measured, self.scratch = shaped
 
-        Returns:
-            Its sum over this rank's rows, a 0-dim tensor: finite exactly when all of it is.
+    def gather(self) -> None:
+        """Copy the weights into `measured` and their gradients into `scratch`.
 
         Raises:
             RuntimeError: The parameters have been resharded since the stack was built.
@@ -121,32 +129,8 @@ class RowStack:
         if any(grad is None for grad in grads):
             # A layer that this step did not use: its importance was zero.
             grads = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]
-        self._stack(parameters, self._measured)
-        self._stack(grads, self._scratch)  # type: ignore[arg-type]
-        return self._measured.mul_(self._scratch).abs_().sum()
-
-    def accumulate(self, valid: Tensor | None) -> None:
-        """Let both EMAs take in the measured |w * g|, unless the step does not count.
-
-        uncertainty = b2 uncertainty + (1 - b2) ||w g| - importance|, then importance = b1 importance + (1 - b1) |w g|.
-
-        Args:
-            valid: Whether it counts, a 0-dim bool on this stack's device that nobody has read; None if it does.
-        """
-        weight1, weight2 = self._weights
-        measured = self._measured
-        if valid is not None:
-            # With weight 0 a lerp changes nothing, not even rounding, provided that its end is finite.
-            weight1, weight2 = weight1 * valid, weight2 * valid
-            measured.nan_to_num_(0.0, 0.0, 0.0)
-        deviation = torch.sub(measured, self.importance, out=self._scratch).abs_()
-        self.uncertainty.lerp_(deviation, weight2)
-        self.importance.lerp_(measured, weight1)
-
-    def reset(self) -> None:
-        """Restart both EMAs at zero."""
-        self.importance.zero_()
-        self.uncertainty.zero_()
+        self._stack(parameters, self.measured)
+        self._stack(grads, self.scratch)  # type: ignore[arg-type]
 
     def scores(self, dtype: torch.dtype | None) -> Tensor:
         """Return each subspace's mean of importance * uncertainty over its elements in this stack.
@@ -162,7 +146,7 @@ class RowStack:
         """
         importance, uncertainty = (t if dtype is None else t.to(dtype) for t in (self.importance, self.uncertainty))
         rows = importance.mul(uncertainty).sum(1, dtype=torch.float64)
-        rows += self._stack(self._parameters(), self._scratch).sum(1, dtype=torch.float64) * 0.0
+        rows += self._stack(self._parameters(), self.scratch).sum(1, dtype=torch.float64) * 0.0
         total = torch.bincount(self._owner, weights=rows.cpu() * self._share, minlength=self._num_subspaces)
         return self.reduce(total.to(self.device)).cpu()
 
@@ -188,7 +172,7 @@ class RowStack:
         ]
         self._touched_rows = [len(rows) for _, rows in chosen]
         self._frozen = torch.cat([rows for _, rows in chosen] or [frozen[:0]])[:, None].to(self.device)
-        keep = (~self._frozen).to(self._measured.dtype).expand(-1, self._measured.shape[1]).contiguous()
+        keep = (~self._frozen).to(self.dtype).expand(-1, self._shape[1]).contiguous()
         self._touched = [
             (member, part) for (member, _), part in zip(chosen, keep.split(self._touched_rows), strict=True)
         ]
@@ -271,12 +255,65 @@ class RowStack:
         """Put this rank's part of the members' `tensors` on top of each other into `out`."""
         local = self._local(tensors)
         torch.cat(local, out=out)
-        if out.shape != self.importance.shape:
+        if out.shape != self._shape:
             raise RuntimeError(
-                f"SubspaceAllocator: expected parameter rows {tuple(self.importance.shape)} on this rank, as at first "
+                f"SubspaceAllocator: expected parameter rows {self._shape} on this rank, as at first "
                 f"use, got {tuple(out.shape)}; shard the model before its first optimizer step"
             )
         return out
+
+
+class ImportanceBank:
+    """The averages of all stacks of one device and dtype, each in one flat buffer that the stacks share.
+
+    Attributes:
+        stacks: Their stacks.
+        device: Where they are.
+    """
+
+    def __init__(self, stacks: Sequence[RowStack], betas: tuple[float, float]) -> None:
+        """Allocate for `stacks`, with EMA coefficients `betas` of the importance and of its uncertainty."""
+        self.stacks = stacks
+        self.device, dtype = stacks[0].device, stacks[0].dtype
+        sizes = [stack.num_elements for stack in stacks]
+        buffers = [torch.zeros(sum(sizes), dtype=dtype, device=self.device) for _ in range(4)]
+        self._importance, self._uncertainty, self._measured, self._scratch = buffers
+        for stack, *parts in zip(stacks, *(buffer.split(sizes) for buffer in buffers), strict=True):
+            stack.use_buffers(*parts)
+        # 0-dim tensors, so that the device can zero them for a step that does not count.
+        self._weights = tuple(torch.tensor(1 - beta, dtype=dtype, device=self.device) for beta in betas)
+
+    def measure(self) -> Tensor:
+        """Compute |w * g| of every element from the present weights and gradients; `accumulate` uses it.
+
+        Returns:
+            Its sum over this rank's elements, a 0-dim tensor: finite exactly when all of it is.
+        """
+        for stack in self.stacks:
+            stack.gather()
+        return self._measured.mul_(self._scratch).abs_().sum()
+
+    def accumulate(self, valid: Tensor | None) -> None:
+        """Let both EMAs take in the measured |w * g|, unless the step does not count.
+
+        uncertainty = b2 uncertainty + (1 - b2) ||w g| - importance|, then importance = b1 importance + (1 - b1) |w g|.
+
+        Args:
+            valid: Whether it counts, a 0-dim bool on this device that nobody has read; None if it does.
+        """
+        weight1, weight2 = self._weights
+        if valid is not None:
+            # With weight 0 a lerp changes nothing, not even rounding, provided that its end is finite.
+            weight1, weight2 = weight1 * valid, weight2 * valid
+            self._measured.nan_to_num_(0.0, 0.0, 0.0)
+        deviation = torch.sub(self._measured, self._importance, out=self._scratch).abs_()
+        self._uncertainty.lerp_(deviation, weight2)
+        self._importance.lerp_(self._measured, weight1)
+
+    def reset(self) -> None:
+        """Restart both EMAs at zero."""
+        self._importance.zero_()
+        self._uncertainty.zero_()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
