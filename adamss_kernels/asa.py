@@ -329,10 +329,11 @@ class SubspaceAllocator:
 
     def _trained(self) -> Tensor:
         """Return (total,) bool on the CPU: subspaces that are trainable and contribute. The buffers are the truth."""
-        home = self._stacks()[0].device
+        layers = self._layers.values()
+        devices = {layer.active.device for layer in layers}
         trainable, active = (
-            torch.cat([layer._buffers[name].to(home) for layer in self._layers.values()])  # type: ignore[union-attr]
-            for name in ("trainable", "active")
+            torch.cat([mask if len(devices) == 1 else mask.cpu() for mask in masks])
+            for masks in ([layer.trainable for layer in layers], [layer.active for layer in layers])
         )
         return (trainable & active).cpu()
 
