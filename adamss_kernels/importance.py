@@ -8,6 +8,7 @@ stacks of a device at once: they are parts of an `ImportanceBank`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from .linear import FusedAdaMSSLinear
+
+_CPU_BLOCK = 2**15
+"""Elements that a CPU takes through all operations before the next ones, where four times as many leave its cache."""
 
 
 class Member(NamedTuple):
@@ -277,9 +281,12 @@ class ImportanceBank:
         self.device, dtype = stacks[0].device, stacks[0].dtype
         sizes = [stack.num_elements for stack in stacks]
         buffers = [torch.zeros(sum(sizes), dtype=dtype, device=self.device) for _ in range(4)]
-        self._importance, self._uncertainty, self._measured, self._scratch = buffers
+        self._importance, self._uncertainty, self._measured, _ = buffers
         for stack, *parts in zip(stacks, *(buffer.split(sizes) for buffer in buffers), strict=True):
             stack.use_buffers(*parts)
+        in_blocks = self.device.type == "cpu" and sum(sizes) > 4 * _CPU_BLOCK
+        block = _CPU_BLOCK if in_blocks else max(1, sum(sizes))
+        self._blocks = list(zip(*(buffer.split(block) for buffer in buffers), strict=True))
         # 0-dim tensors, so that the device can zero them for a step that does not count.
         self._weights = tuple(torch.tensor(1 - beta, dtype=dtype, device=self.device) for beta in betas)
 
@@ -291,7 +298,8 @@ class ImportanceBank:
         """
         for stack in self.stacks:
             stack.gather()
-        return self._measured.mul_(self._scratch).abs_().sum()
+        sums = [measured.mul_(grad).abs_().sum() for _, _, measured, grad in self._blocks]
+        return functools.reduce(torch.add, sums)
 
     def accumulate(self, valid: Tensor | None) -> None:
         """Let both EMAs take in the measured |w * g|, unless the step does not count.
@@ -306,9 +314,10 @@ class ImportanceBank:
             # With weight 0 a lerp changes nothing, not even rounding, provided that its end is finite.
             weight1, weight2 = weight1 * valid, weight2 * valid
             self._measured.nan_to_num_(0.0, 0.0, 0.0)
-        deviation = torch.sub(self._measured, self._importance, out=self._scratch).abs_()
-        self._uncertainty.lerp_(deviation, weight2)
-        self._importance.lerp_(self._measured, weight1)
+        for importance, uncertainty, measured, scratch in self._blocks:
+            deviation = torch.sub(measured, importance, out=scratch).abs_()
+            uncertainty.lerp_(deviation, weight2)
+            importance.lerp_(measured, weight1)
 
     def reset(self) -> None:
         """Restart both EMAs at zero."""

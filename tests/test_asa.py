@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from adamss_kernels import AdaMSSConfig, FusedAdaMSSLinear, SubspaceAllocator, inject_adamss, save_adapter
+from adamss_kernels import AdaMSSConfig, FusedAdaMSSLinear, SubspaceAllocator, importance, inject_adamss, save_adapter
 from adamss_kernels.asa import keep_above_threshold, keep_top, scheduled_budget
 from adamss_kernels.model import adamss_layers
 
@@ -301,6 +301,14 @@ def test_gradient_accumulation_scores_the_accumulated_gradient_once():
             run.optimizer.zero_grad()
     for a, b in zip(once.layers, halves.layers, strict=True):
         assert torch.equal(a.trainable, b.trainable)
+
+
+def test_taking_elements_in_blocks_changes_no_bit(monkeypatch):
+    whole = Run(config()).until(23).allocator.state_dict()
+    monkeypatch.setattr(importance, "_CPU_BLOCK", 37)
+    in_blocks = Run(config()).until(23).allocator.state_dict()
+    for key in ("importance", "uncertainty", "trainable"):
+        assert all(torch.equal(in_blocks[key][name], t) for name, t in whole[key].items())
 
 
 def test_zero_scores_prune_nothing_and_warn():
