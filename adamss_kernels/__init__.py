@@ -1,5 +1,6 @@
 """Fused kernels for AdaMSS fine-tuning; see the README for the formula and the two ways to use it."""
 
+from .asa import SubspaceAllocator
 from .checkpoint import BaseWeightWarning, load_adapter, save_adapter
 from .config import AdaMSSConfig
 from .functional import adamss_linear
@@ -12,6 +13,7 @@ __all__ = [
     "AdaMSSConfig",
     "BaseWeightWarning",
     "FusedAdaMSSLinear",
+    "SubspaceAllocator",
     "SubspaceLayout",
     "adamss_linear",
     "available_backends",

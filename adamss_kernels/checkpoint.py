@@ -21,7 +21,7 @@ from .config import AdaMSSConfig
 from .decompose import Decomposition, decompose
 from .layout import SubspaceLayout
 from .linear import FusedAdaMSSLinear
-from .model import adamss_layers, modules_to_save, replace_modules
+from .model import adamss_layers, modules_to_save, replace_modules, unwrap
 from .sketch import relative_difference, sketch
 
 TENSORS_FILE = "adapter.safetensors"
@@ -48,7 +48,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, compact
 
     Args:
         model: A model that `inject_adamss` or `load_adapter` has adapted, merged or not; DDP and `torch.compile`
-            wrappers are looked through.
+            wrappers are looked through. Of DDP's ranks the first writes; under FSDP2 every rank has to call, the first
+            one writes whole tensors, and the call returns everywhere when they are on disk.
         directory: Created where missing.
         compact: Leave out the basis, nearly all of the file, and rebuild it on load from the base weight; such a file
             is bound to exactly that base weight.
@@ -61,7 +62,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, compact
     """
     from safetensors.torch import save_file
 
-    model = _unwrap(model)
+    writes, model = _is_writer(model), unwrap(model)
     layers = adamss_layers(model)
     if not layers:
         raise ValueError("model: has no FusedAdaMSSLinear; adapt it with inject_adamss first")
@@ -85,24 +86,29 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, compact
             "r": layer.basis.shape[0],
             "ranks": list(layer.layout.ranks),
         }
-        stored: dict[str, Tensor | None] = {key: getattr(layer, key) for key in _STORED}
-        stored["base_sketch"] = sketch(_augmented(*layer.base_parameters()))
+        stored: dict[str, Tensor | None] = {key: _whole(getattr(layer, key)) for key in _STORED}
+        weight, bias = layer.base_parameters()
+        stored["base_sketch"] = sketch(_augmented(_whole(weight), _whole(bias)))
         if compact:
             stored["basis_sketch"] = sketch(_augmented(layer.basis, layer.basis_bias))
             stored["basis"] = stored["basis_bias"] = None
         tensors |= {f"layers.{name}.{key}": t for key, t in stored.items() if t is not None}
     for name, module in modules_to_save(model, config).items():
         header["modules_to_save"].append(name)
-        tensors |= {f"modules.{name}.{key}": t for key, t in module.state_dict().items()}
+        tensors |= {f"modules.{name}.{key}": _whole(t) for key, t in module.state_dict().items()}
 
     # Copies: safetensors refuses tensors that share memory.
     tensors = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
     text = json.dumps(header, indent=2)
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    _replace_file(directory / HEADER_FILE, lambda path: path.write_text(text + "\n"))
-    metadata = {"adamss_kernels": text}
-    _replace_file(directory / TENSORS_FILE, lambda path: save_file(tensors, path, metadata=metadata))
+    if writes:
+        directory.mkdir(parents=True, exist_ok=True)
+        _replace_file(directory / HEADER_FILE, lambda path: path.write_text(text + "\n"))
+        metadata = {"adamss_kernels": text}
+        _replace_file(directory / TENSORS_FILE, lambda path: save_file(tensors, path, metadata=metadata))
+    mesh = _device_mesh(model)
+    for dim in range(0 if mesh is None else mesh.ndim):
+        torch.distributed.barrier(group=mesh.get_group(dim))
     return directory / TENSORS_FILE
 
 
@@ -128,7 +134,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], *, strict:
     Warns:
         BaseWeightWarning: A base weight differs from the one trained on; the message says by how much.
     """
-    root = _unwrap(model)
+    root = unwrap(model)
     path = Path(directory) / TENSORS_FILE
     checkpoint = _read(path)
     extra = adamss_layers(root).keys() - checkpoint.header["layers"].keys()
@@ -232,6 +238,7 @@ def _load_layer(model: nn.Module, name: str, checkpoint: _Checkpoint, strict: bo
     layer = FusedAdaMSSLinear(weight, bias, decomposition, checkpoint.config)
     layer.active.copy_(t["active"])
     layer.trainable.copy_(t["trainable"])
+    layer.summarize_masks()
     return layer.train(module.training)
 
 
@@ -278,15 +285,23 @@ def _find(model: nn.Module, name: str, path: Path) -> nn.Module:
         raise ValueError(f"{path}: was saved with a module {name!r}, which this model does not have") from None
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
-    """Look through DDP (`module`) and `torch.compile` (`_orig_mod`), whose prefixes are not part of layer names."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
+def _is_writer(model: nn.Module) -> bool:
+    """Whether this process writes: the first of the ranks that train this model together."""
+    for module in model.modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            return torch.distributed.get_rank(module.process_group) == 0
+    mesh = _device_mesh(model)
+    return mesh is None or not any(mesh.get_coordinate() or ())
+
+
+def _device_mesh(model: nn.Module) -> Any:
+    """Return the `DeviceMesh` that `fully_shard` spread the parameters over, or None."""
+    return next((p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")), None)
+
+
+def _whole(tensor: Any) -> Any:
+    """Gather a DTensor (a collective call); everything else is returned as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _augmented(weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from .config import SAVE_FOR_BACKWARD
 from .layout import SubspaceLayout
@@ -62,7 +63,7 @@ def adamss_linear(
     if save_for_backward not in SAVE_FOR_BACKWARD:
         raise ValueError(f"save_for_backward: expected one of {SAVE_FOR_BACKWARD}, got {save_for_backward!r}")
     operands = (weight, bias, basis, basis_bias, B, C, layout.row_subspace, layout.offsets, active, trainable)
-    return apply(x, *operands, save_for_backward, backend)
+    return apply(x, *operands, True, True, save_for_backward, backend)
 
 
 def apply(
@@ -77,10 +78,17 @@ def apply(
     offsets: Tensor,
     active: Tensor | None,
     trainable: Tensor | None,
+    contributes: bool,
+    learns: bool,
     save_for_backward: str,
     backend: str,
 ) -> Tensor:
-    """Compute `adamss_linear` for operands that are known to fit one another, but for x and dtypes."""
+    """Compute `adamss_linear` for operands that are known to fit one another, but for x and dtypes.
+
+    `contributes=False` promises that no subspace is active: only the frozen layer is computed. `learns=False` promises
+    that no subspace is both active and trainable: nothing is kept for B and C, whose gradients are zero. Both are known
+    before anything runs, unlike the masks, so that a change of them recompiles.
+    """
     device_type = x.device.type
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
@@ -106,9 +114,15 @@ def apply(
         or weight.requires_grad
         or (bias is not None and bias.requires_grad)
     ):
-        y = _AdaMSSLinear.apply(*operands, trainable, save_for_backward, backend)
-    else:
+        if contributes:
+            y = _AdaMSSLinear.apply(*operands, trainable, learns, save_for_backward, backend)
+        else:
+            y = _BareLinear.apply(x, weight, bias, B, C)
+    elif contributes:
         y, _, _ = linear_forward(*operands, False, False, backend)
+    else:
+        y = F.linear(x, weight, bias)
+    # A view only where needed: FSDP2 warns of modules that return one, since in-place changes of it bypass its hooks.
     return y if len(shape) == 2 else y.reshape(*shape[:-1], N)
 
 
@@ -127,16 +141,18 @@ class _AdaMSSLinear(torch.autograd.Function):
         offsets,
         active,
         trainable,
+        learns,
         save_for_backward,
         backend,
     ):
         _, need_dweight, _, _, _, need_dB, need_dC, *_ = ctx.needs_input_grad
+        need_dB, need_dC = need_dB and learns, need_dC and learns
         keep_P = need_dB and not need_dweight and _keeps_projection(save_for_backward, weight, basis)
         keep_x = need_dweight or (need_dB and not keep_P)
         y, S, P = linear_forward(
             x, weight, bias, basis, basis_bias, B, C, row_subspace, offsets, active, need_dC, keep_P, backend
         )
-        ctx.backend = backend
+        ctx.learns, ctx.backend = learns, backend
         ctx.save_for_backward(
             x if keep_x else None,
             S if need_dC else None,
@@ -157,10 +173,40 @@ class _AdaMSSLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):  # type: ignore[override]
         need_dx, need_dweight, need_dbias, _, _, need_dB, need_dC, *_ = ctx.needs_input_grad
-        needs = [need_dx, need_dweight, need_dbias, need_dB, need_dC]
+        needs = [need_dx, need_dweight, need_dbias, need_dB and ctx.learns, need_dC and ctx.learns]
         grads = linear_backward(dy, *ctx.saved_tensors, needs, ctx.backend)
         dx, dweight, dbias, dB, dC = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-        return dx, dweight, dbias, None, None, dB, dC, None, None, None, None, None, None
+        if not ctx.learns:
+            B, C = ctx.saved_tensors[6:8]
+            dB, dC = _zero_gradients(ctx, (5, B), (6, C))
+        return dx, dweight, dbias, None, None, dB, dC, None, None, None, None, None, None, None
+
+
+class _BareLinear(torch.autograd.Function):
+    """The frozen linear layer by itself, which still hands zero gradients to B and C.
+
+    Not `F.linear` plus a node behind it: such a node's output would be a view, on which an in-place activation fails.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, B, C):  # type: ignore[no-untyped-def, override]
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, B, C)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):  # type: ignore[no-untyped-def, override]
+        x, weight, B, C = ctx.saved_tensors
+        need_dx, need_dweight, need_dbias, *_ = ctx.needs_input_grad
+        dx = dy @ weight if need_dx else None
+        dweight = dy.T @ x if need_dweight else None
+        dbias = dy.sum(0) if need_dbias else None
+        return dx, dweight, dbias, *_zero_gradients(ctx, (3, B), (4, C))
+
+
+def _zero_gradients(ctx, *arguments: tuple[int, Tensor]) -> list[Tensor | None]:  # type: ignore[no-untyped-def]
+    # Zero rather than None: DDP and FSDP wait for the gradient of every parameter that they manage.
+    return [torch.zeros_like(tensor) if ctx.needs_input_grad[index] else None for index, tensor in arguments]
 
 
 def _keeps_projection(save_for_backward: str, weight: Tensor, basis: Tensor) -> bool:

@@ -29,6 +29,8 @@ class FusedAdaMSSLinear(nn.Module):
         ranks: (K,) int32 buffer, the rank of each subspace.
         active: (K,) bool buffer, subspaces that contribute.
         trainable: (K,) bool buffer, subspaces that get gradients.
+        contributes: Whether any subspace is active, known on the host; without one, forward is the frozen layer's.
+        learns: Whether any active subspace is trainable, known on the host; without one, nothing is kept for backward.
         config: The `AdaMSSConfig` it was made with.
     """
 
@@ -68,6 +70,8 @@ class FusedAdaMSSLinear(nn.Module):
         self.register_buffer("offsets", layout.offsets, persistent=False)
         self.register_buffer("active", torch.ones(layout.num_subspaces, dtype=torch.bool, device=weight.device))
         self.register_buffer("trainable", torch.ones(layout.num_subspaces, dtype=torch.bool, device=weight.device))
+        self.contributes = True
+        self.learns = True
         self._layout = layout
         self._original: tuple[Tensor, Tensor | None] | None = None
 
@@ -118,9 +122,15 @@ class FusedAdaMSSLinear(nn.Module):
             buffers["offsets"],
             buffers["active"],
             buffers["trainable"],
+            self.contributes,
+            self.learns,
             self.config.save_for_backward,
             self.config.backend,
         )
+
+    def summarize_masks(self) -> None:
+        """Set `contributes` and `learns` from the masks: call after editing `active` or `trainable` (synchronises)."""
+        self.contributes, self.learns = torch.stack((self.active.any(), (self.active & self.trainable).any())).tolist()
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
@@ -225,6 +235,8 @@ class FusedAdaMSSLinear(nn.Module):
         # Rebuilt rather than kept: after `to_empty` the buffer holds garbage.
         self._layout = SubspaceLayout(self.row_subspace, self._layout.ranks)
         self.offsets = self._layout.offsets
+        if not self.active.is_meta:
+            self.summarize_masks()
 
     def extra_repr(self) -> str:
         """Summarise the layer for `print(model)`."""

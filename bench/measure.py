@@ -19,7 +19,9 @@ import torch
 from adamss_kernels import native
 
 
-def interleaved(functions: Mapping[str, Callable[[], object]], seconds: float, warmup: int = 3) -> dict[str, list[float]]:
+def interleaved(
+    functions: Mapping[str, Callable[[], object]], seconds: float, warmup: int = 3
+) -> dict[str, list[float]]:
     """Call all functions in turn for `seconds` (at least 5 rounds) and return the seconds of each call.
 
     In turn, so that a machine that slows down slows all of them: compare them round by round.
@@ -54,7 +56,8 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "native": native.describe(),
-        "versions": {name: _version(name) for name in ("torch", "peft", "numpy")} | {"python": platform.python_version()},
+        "versions": {name: _version(name) for name in ("torch", "peft", "numpy")}
+        | {"python": platform.python_version()},
         "commit": _commit(),
         "command": " ".join(["python", *sys.argv]),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
@@ -82,8 +85,11 @@ def _version(name: str) -> str:
 
 def _cpu_model() -> str:
     info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
-        if info.exists() else []
+    names = (
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
     return f"{len(names)} x {names[0]}" if names else platform.processor()
 
 

@@ -50,9 +50,7 @@ def main() -> None:
         "frozen": base,
         "adamss_kernels": inject_adamss(copy.deepcopy(base), AdaMSSConfig(**options), progress=False),
         "peft-adamss": peft.inject_adapter_in_model(peft.AdamssConfig(**options), copy.deepcopy(base)),
-        "peft-lora": peft.inject_adapter_in_model(
-            peft.LoraConfig(r=8, target_modules=targets), copy.deepcopy(base)
-        ),
+        "peft-lora": peft.inject_adapter_in_model(peft.LoraConfig(r=8, target_modules=targets), copy.deepcopy(base)),
     }
 
     def step(model: nn.Module) -> object:

@@ -99,7 +99,9 @@ def test_an_instruction_set_is_forced_by_the_environment():
     code = "from adamss_kernels.native.library import load; print(load().isa())"
     for name in ISAS:
         environment = os.environ | {"ADAMSS_CPU_ISA": name}
-        result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        result = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+        )
         assert result.stdout.strip() == name
     code = "import adamss_kernels; print(adamss_kernels.available_backends()['native'])"
     environment = os.environ | {"ADAMSS_CPU_ISA": "abacus"}

@@ -1,0 +1,388 @@
+"""`SubspaceAllocator`: Adaptive Subspace Allocation, which trains ever fewer subspaces; see docs/asa.md."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import math
+import os
+import warnings
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import AdaMSSConfig
+from .importance import ImportanceBank, RowStack, build_banks, full_tensor
+from .model import adamss_layers, unwrap
+
+logger = logging.getLogger(__name__)
+
+
+def scheduled_budget(step: int, total: int, config: AdaMSSConfig) -> int:
+    """Return how many of `total` subspaces stay after the event at `step`: the AdaMSS paper's cubic decay.
+
+    int(T + (total - T) (1 - (t - t0) / (t1 - t0))^e), and never more than `total`.
+    """
+    remaining = 1.0 - (step - config.init_warmup) / (config.final_warmup - config.init_warmup)
+    remaining = max(0.0, min(1.0, remaining))
+    target = config.asa_target_subspaces
+    return min(total, int(target + (total - target) * remaining**config.asa_schedule_exponent))
+
+
+def keep_top(scores: Tensor, candidates: Tensor, budget: int) -> Tensor:
+    """Return the mask (n,) of the `budget` candidates with the highest score, the lower index first among equals."""
+    order = torch.argsort(scores.masked_fill(~candidates, -torch.inf), descending=True, stable=True)
+    keep = torch.zeros_like(candidates)
+    keep[order[:budget]] = True
+    return keep & candidates
+
+
+def keep_above_threshold(scores: Tensor, candidates: Tensor, budget: int) -> Tensor:
+    """Return the mask (n,) that PEFT keeps: candidates that score strictly above the `budget`-th highest of them.
+
+    So one fewer than the budget stays, or fewer where scores tie, and none where all are equal.
+    """
+    among = scores[candidates]
+    if budget >= len(among):
+        return candidates.clone()
+    return candidates & (scores > among.sort(descending=True).values[budget - 1])
+
+
+class SubspaceAllocator:
+    """Scores every subspace during warmup and freezes the least important ones on schedule.
+
+    Call `attach(optimizer)` once, and `update_and_allocate(step)` after every `optimizer.step()` and before
+    `zero_grad()`. The decisions land in the masks `trainable` (and, with `asa_mode="prune"`, `active`) of the layers,
+    which every checkpoint stores. Under DDP and FSDP every rank calls it and takes the same decisions.
+
+    Attributes:
+        config: The hyperparameters.
+        history: One entry per event: (step, budget, active subspaces of each layer after it).
+    """
+
+    def __init__(self, model: nn.Module, config: AdaMSSConfig) -> None:
+        """Prepare the allocation for the adapted layers of `model`; subspaces are numbered in their order.
+
+        Args:
+            model: Adapted by `inject_adamss` or `load_adapter`; DDP and `torch.compile` wrappers are looked through.
+                It may be moved and sharded until the first optimizer step.
+            config: Uses the fields `asa_*`, `init_warmup`, `final_warmup` and `mask_interval`.
+
+        Raises:
+            ValueError: The model has no AdaMSS layer, `use_asa` is off, or `asa_compat="peft"` is combined with the
+                layer scope, which PEFT does not have.
+        """
+        self._layers = adamss_layers(unwrap(model))
+        if not self._layers:
+            raise ValueError("model: has no FusedAdaMSSLinear; adapt it with inject_adamss first")
+        if not config.use_asa:
+            raise ValueError("config.use_asa = False: expected True for a SubspaceAllocator")
+        if config.asa_compat == "peft" and config.asa_scope == "layer":
+            raise ValueError("config.asa_scope = 'layer': expected 'global' with asa_compat='peft'")
+        self.config = config
+        self.history: list[tuple[int, int, list[int]]] = []
+        self._sizes = [layer.layout.num_subspaces for layer in self._layers.values()]
+        self._lazy_banks: list[ImportanceBank] | None = None
+        self._attached: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self._stepped = False
+        self._found_inf: Tensor | None = None
+        self._scored_steps = 0
+        self._frozen_version: tuple[int, ...] = ()
+        self._summarize_masks()
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Make `optimizer` leave frozen rows alone: each step restores them bit for bit and zeroes their state.
+
+        From then on a call of `update_and_allocate` scores only if an attached optimizer has stepped since the last
+        call, so that steps which a `GradScaler` skips do not count. Attaching an optimizer again does nothing.
+
+        Args:
+            optimizer: Any optimizer that runs the hooks of `torch.optim.Optimizer`; accelerate's wrapper is looked
+                through. Its parameters include those of the adapted layers.
+
+        Raises:
+            ValueError: The optimizer trains no adapted layer.
+        """
+        inner = getattr(optimizer, "optimizer", None)
+        optimizer = inner if isinstance(inner, torch.optim.Optimizer) else optimizer
+        if optimizer in self._attached:
+            return
+        ours = {id(p) for layer in self._layers.values() for p in (layer.B, layer.C)}
+        if not any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError("optimizer: expected one that trains B or C of an adapted layer, got none of them")
+        optimizer.register_step_pre_hook(self._before_step)
+        optimizer.register_step_post_hook(self._after_step)
+        self._attached.add(optimizer)
+
+    @torch.no_grad()
+    def update_and_allocate(self, step: int) -> None:
+        """Score this optimizer step and, where an event is due, freeze subspaces.
+
+        Events fall on multiples of `mask_interval` from `init_warmup` to `final_warmup`, and on `final_warmup`
+        itself. Only they synchronise with the device.
+
+        Args:
+            step: Number of this optimizer step, counted as `init_warmup` and `final_warmup` are.
+
+        Raises:
+            RuntimeError: No adapted parameter has a gradient (called after `zero_grad`).
+            ValueError: At an event, a score is not finite; the message names the layer. Nothing is changed then.
+
+        Warns:
+            UserWarning: At an event, all scores are zero, so that nothing is pruned.
+        """
+        config = self.config
+        if config.init_warmup <= step <= config.final_warmup:
+            if self._stepped or not self._attached:
+                self._score()
+            last = step == config.final_warmup and config.asa_compat is None
+            if step % config.mask_interval == 0 or last:
+                self._allocate(step)
+        self._stepped = False
+
+    def active_counts(self) -> dict[str, int]:
+        """Return how many subspaces of each layer are still trained, by layer name (synchronises)."""
+        return dict(zip(self._layers, self._counts(self._trained()), strict=True))
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that a resumed run needs besides the weights and the optimizer, also between events.
+
+        EMAs are in the shape of their parameters, as DTensors where those are. The result is a copy, loads with
+        `torch.load(weights_only=True)`, and goes through `torch.distributed.checkpoint`.
+        """
+        importance: dict[str, Tensor] = {}
+        uncertainty: dict[str, Tensor] = {}
+        for stack in self._stacks():
+            importance |= stack.export(stack.importance)
+            uncertainty |= stack.export(stack.uncertainty)
+        return {
+            "importance": importance,
+            "uncertainty": uncertainty,
+            "trainable": {name: layer.trainable.clone() for name, layer in self._layers.items()},
+            "active": {name: layer.active.clone() for name, layer in self._layers.items()},
+            "scored_steps": self._scored_steps,
+            "history": [list(event) for event in self.history],
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned, masks included; under FSDP every rank calls it.
+
+        Raises:
+            ValueError: The layers or shapes are not those of this model.
+        """
+        for name, layer in self._layers.items():
+            for key, mask in (("trainable", layer.trainable), ("active", layer.active)):
+                if name not in state_dict[key]:
+                    raise ValueError(f"state_dict[{key!r}]: expected an entry for layer {name!r}, got none")
+                stored = state_dict[key][name]
+                if stored.shape != mask.shape:
+                    raise ValueError(
+                        f"state_dict[{key!r}][{name!r}]: expected shape {tuple(mask.shape)}, got {tuple(stored.shape)}"
+                    )
+        for stack in self._stacks():
+            stack.load(stack.importance, state_dict["importance"])
+            stack.load(stack.uncertainty, state_dict["uncertainty"])
+        for name, layer in self._layers.items():
+            layer.trainable.copy_(state_dict["trainable"][name])
+            layer.active.copy_(state_dict["active"][name])
+        self._scored_steps = state_dict["scored_steps"]
+        self.history = [(step, budget, list(counts)) for step, budget, counts in state_dict["history"]]
+        self._summarize_masks()
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw the active subspaces of every layer over the events so far into the image file `path`.
+
+        Raises:
+            ValueError: There has been no event yet.
+            ImportError: matplotlib is missing (`pip install adamss-kernels[demo]`).
+        """
+        if not self.history:
+            raise ValueError("plot: expected at least one event in the history, got none")
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 1.5 + 0.2 * len(self._layers)), layout="constrained")
+        axes = figure.subplots()
+        counts = [self._sizes, *(counts for _, _, counts in self.history)]
+        # The state between two events is a cell, which needs both of its ends; the last one is drawn one interval wide.
+        first = min(self.config.init_warmup, self.history[0][0] - 1)
+        steps = [first, *(step for step, _, _ in self.history)]
+        edges = [*steps, steps[-1] + self.config.mask_interval]
+        layers = [index - 0.5 for index in range(len(self._layers) + 1)]
+        mesh = axes.pcolormesh(edges, layers, list(zip(*counts, strict=True)), vmin=0, vmax=max(self._sizes))
+        axes.set_yticks(range(len(self._layers)), list(self._layers), fontsize="x-small")
+        axes.invert_yaxis()
+        axes.set_xlabel("optimizer step")
+        axes.set_title(f"{sum(counts[-1])} of {sum(self._sizes)} subspaces active after step {steps[-1]}")
+        figure.colorbar(mesh, ax=axes, label="active subspaces")
+        figure.savefig(path, dpi=150)
+
+    def _banks(self) -> list[ImportanceBank]:
+        # Not in __init__: the model may still be moved, cast or sharded.
+        if self._lazy_banks is None:
+            betas = (self.config.asa_importance_beta, self.config.asa_uncertainty_beta)
+            self._lazy_banks = build_banks(self._layers, betas)
+        return self._lazy_banks
+
+    def _stacks(self) -> list[RowStack]:
+        return [stack for bank in self._banks() for stack in bank.stacks]
+
+    def _score(self) -> None:
+        """Let the EMAs take in this step, unless a gradient is not finite anywhere in the model (on any rank)."""
+        banks = self._banks()
+        if all(member.parameter.grad is None for stack in self._stacks() for member in stack.members):
+            raise RuntimeError(
+                "update_and_allocate: no adapted parameter has a gradient; call it after optimizer.step() and before "
+                "optimizer.zero_grad()"
+            )
+        home = banks[0].device
+        # A sum that is not finite stays so in every sum that contains it.
+        total = functools.reduce(torch.add, (bank.measure().to(home, non_blocking=True) for bank in banks))
+        if self._found_inf is not None:
+            # A fused optimizer under GradScaler runs its hooks also when it skips.
+            total = torch.where(self._found_inf.to(home, non_blocking=True) == 0, total, torch.nan)
+        for stack in {stack.sharding: stack for stack in self._stacks()}.values():
+            total = stack.reduce(total)
+        if home.type == "cpu":
+            if math.isfinite(total.item()):
+                for bank in banks:
+                    bank.accumulate(None)
+        else:
+            # Decided on the device: a read-back would stall it at every step.
+            valid = torch.isfinite(total)
+            for bank in banks:
+                bank.accumulate(valid.to(bank.device, non_blocking=True))
+        self._scored_steps += 1
+
+    def _allocate(self, step: int) -> None:
+        """Hold the event at `step`: rank the subspaces, freeze those beyond the budget, restart the EMAs."""
+        config = self.config
+        exact = config.asa_compat is None
+        parts = [stack.scores(torch.float64 if exact else None) for stack in self._stacks()]
+        scores = torch.stack(parts).sum(0)
+        self._require_finite(step, scores)
+
+        before = self._trained()
+        after = before.clone()
+        scopes = torch.arange(len(scores)).split(self._sizes) if config.asa_scope == "layer" else [slice(None)]
+        budgets = []
+        for scope in scopes:
+            candidates = before[scope]
+            budgets.append(scheduled_budget(step, len(candidates), config))
+            if budgets[-1] >= int(candidates.sum()):
+                continue
+            if not scores[scope][candidates].any():
+                consequence = "nothing is pruned" if exact else "everything is frozen, as in PEFT"
+                warnings.warn(f"ASA step {step}: all scores are zero, so {consequence}", stacklevel=3)
+                if exact:
+                    continue
+            select = keep_top if exact else keep_above_threshold
+            after[scope] = select(scores[scope], candidates, budgets[-1])
+        if not torch.equal(before, after):
+            self._write_masks(after)
+        for bank in self._banks():
+            bank.reset()
+        self._scored_steps = 0
+        self._record(step, sum(budgets), before, after)
+
+    def _require_finite(self, step: int, scores: Tensor) -> None:
+        bad = ~torch.isfinite(scores)
+        if bad.any():
+            name, k = self._locate(int(bad.nonzero()[0]))
+            raise ValueError(
+                f"{name}: at step {step} the importance of subspace {k} is {scores[bad][0].item()}: expected a finite "
+                "value; its weights or gradients have diverged"
+            )
+        if self._attached or not self._scored_steps or scores.any():
+            return
+        # Nothing was taken in since the last event, although there were steps: was no gradient finite?
+        for name, layer in self._layers.items():
+            for which, parameter in (("B", layer.B), ("C", layer.C)):
+                if parameter.grad is not None and not bool(torch.isfinite(full_tensor(parameter.grad)).all()):
+                    raise ValueError(
+                        f"{name}: the gradient of {which} is not finite at step {step}, and no step since the last "
+                        "event could be scored: expected finite gradients"
+                    )
+
+    def _write_masks(self, trained: Tensor) -> None:
+        """Set the layers' masks from `trained` (total,) bool on the CPU."""
+        prune = self.config.asa_mode == "prune"
+        names = ("trainable", "active") if prune else ("trainable",)
+        layers = self._layers.values()
+        moved = {layer.active.device: trained.to(layer.active.device).split(self._sizes) for layer in layers}
+        for name in names:
+            new = [moved[layer.active.device][index] for index, layer in enumerate(layers)]
+            torch._foreach_copy_([getattr(layer, name) for layer in layers], new)
+        for layer, count in zip(layers, self._counts(trained), strict=True):
+            layer.learns = count > 0
+            layer.contributes = layer.contributes and (layer.learns or not prune)
+
+    def _summarize_masks(self) -> None:
+        for layer in self._layers.values():
+            if not layer.active.is_meta:
+                layer.summarize_masks()
+
+    def _trained(self) -> Tensor:
+        """Return (total,) bool on the CPU: subspaces that are trainable and contribute. The buffers are the truth."""
+        layers = self._layers.values()
+        devices = {layer.active.device for layer in layers}
+        trainable, active = (
+            torch.cat([mask if len(devices) == 1 else mask.cpu() for mask in masks])
+            for masks in ([layer.trainable for layer in layers], [layer.active for layer in layers])
+        )
+        return (trainable & active).cpu()
+
+    def _counts(self, trained: Tensor) -> list[int]:
+        flags = iter(trained.tolist())
+        return [sum(itertools.islice(flags, size)) for size in self._sizes]
+
+    def _locate(self, index: int) -> tuple[str, int]:
+        """Return the layer's name and the number within it of subspace `index`."""
+        for name, size in zip(self._layers, self._sizes, strict=True):
+            if index < size:
+                return name, index
+            index -= size
+        raise IndexError(index)
+
+    def _record(self, step: int, budget: int, before: Tensor, after: Tensor) -> None:
+        counts = self._counts(after)
+        self.history.append((step, budget, counts))
+        had = self._counts(before)
+        emptied = [name for name, old, new in zip(self._layers, had, counts, strict=True) if old and not new]
+        logger.info(
+            "ASA step %d: budget %d, active subspaces %d -> %d, layers emptied: %s",
+            step,
+            budget,
+            sum(had),
+            sum(counts),
+            ", ".join(emptied) or "none",
+        )
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        # Masks also change by loading a checkpoint; a buffer's version counter tells without reading the device.
+        version = tuple(
+            number
+            for layer in self._layers.values()
+            for mask in (layer._buffers["trainable"], layer._buffers["active"])
+            for number in (id(mask), mask._version)  # type: ignore[union-attr]
+        )
+        if version != self._frozen_version:
+            frozen = ~self._trained()
+            for stack in self._stacks():
+                stack.freeze(frozen)
+            self._frozen_version = version
+        with torch.no_grad():
+            for stack in self._stacks():
+                stack.save_rows()
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._stepped = True
+        self._found_inf = getattr(optimizer, "found_inf", None)
+        with torch.no_grad():
+            for stack in self._stacks():
+                stack.restore_rows(optimizer)

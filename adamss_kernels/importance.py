@@ -1,0 +1,338 @@
+"""`RowStack`: the trainable matrices of all layers as a few tall ones, so that ASA costs a few kernels per step.
+
+Every row of every B and C belongs to one subspace, so matrices of equal row length can be stacked whatever layer they
+come from. A model has two stacks as a rule, all its Bs (rows of R) and all its Cs (rows of r_max). Under FSDP a stack
+holds this rank's rows, and sums over rows are reduced over the ranks. What is done to each element alone is done to all
+stacks of a device at once: they are parts of an `ImportanceBank`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .linear import FusedAdaMSSLinear
+
+_CPU_BLOCK = 2**15
+"""Elements that a CPU takes through all operations before the next ones, where four times as many leave its cache."""
+
+
+class Member(NamedTuple):
+    """One trainable matrix: parameter `which` ("B" or "C") of the layer called `name`."""
+
+    name: str
+    layer: FusedAdaMSSLinear
+    which: str
+
+    @property
+    def key(self) -> str:
+        """Name of the matrix in state dicts."""
+        return f"{self.name}.{self.which}"
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter as it is now: FSDP and device moves may replace it."""
+        parameter = self.layer._parameters[self.which]
+        assert parameter is not None
+        return parameter
+
+
+def build_banks(layers: Mapping[str, FusedAdaMSSLinear], betas: tuple[float, float]) -> list[ImportanceBank]:
+    """Stack B and C of all `layers` by device, dtype, row length and sharding; one bank per device and dtype.
+
+    Args:
+        layers: Adapted layers by name. Subspaces are numbered through them in this order.
+        betas: EMA coefficients of the importance and of its uncertainty.
+
+    Raises:
+        NotImplementedError: A parameter is sharded along another dimension than 0.
+    """
+    parts: dict[Any, list[tuple[Member, Tensor, Tensor]]] = {}
+    first = 0
+    for name, layer in layers.items():
+        ranks = torch.tensor(layer.layout.ranks)
+        row_subspace = layer.row_subspace.cpu().long()
+        sizes = torch.bincount(row_subspace, minlength=len(ranks))
+        of_B = torch.repeat_interleave(torch.arange(len(ranks)), ranks)
+        for which, owner, elements in (
+            ("B", of_B, ranks * layer.basis.shape[0]),
+            ("C", row_subspace, ranks * sizes),
+        ):
+            member = Member(name, layer, which)
+            key = _stack_key(member)
+            part = (member, owner + first, 1 / elements.double()[owner])
+            parts.setdefault(key, []).append(part)
+        first += len(ranks)
+    banks: dict[Any, list[RowStack]] = {}
+    for same_rows in parts.values():
+        stack = RowStack(same_rows, first)
+        banks.setdefault((stack.device, stack.dtype), []).append(stack)
+    return [ImportanceBank(stacks, betas) for stacks in banks.values()]
+
+
+class RowStack:
+    """Matrices of one row length on top of each other, with their part of the bank's averages.
+
+    Attributes:
+        members: What is stacked, in order.
+        importance: (rows, width) of `dtype`, EMA of |w * g|.
+        uncertainty: (rows, width), EMA of the deviation of |w * g| from the importance before it.
+        sharding: Device mesh and placements of the parameters; (None, ()) for plain tensors.
+        device: Where this rank's rows are.
+        dtype: Of the averages: float32, or float64 for float64 parameters.
+        num_elements: rows times width on this rank.
+    """
+
+    importance: Tensor
+    uncertainty: Tensor
+    measured: Tensor
+    scratch: Tensor
+
+    def __init__(self, parts: Sequence[tuple[Member, Tensor, Tensor]], num_subspaces: int) -> None:
+        """Stack `parts`: members, each with the subspace and the weight in its mean of every row, over all ranks."""
+        self.members = [member for member, _, _ in parts]
+        self._num_subspaces = num_subspaces
+        self._slots = [(member.layer._parameters, member.which) for member in self.members]
+        example = self.members[0].parameter
+        self._mesh = getattr(example, "device_mesh", None)
+        self._placements = tuple(getattr(example, "placements", ()))
+        self.sharding = (self._mesh, self._placements)
+
+        owners = [self._local_rows(owner) for _, owner, _ in parts]
+        self._rows = [len(owner) for owner in owners]
+        # On the CPU: events sum rows there, in one order, as floating-point atomics on a GPU would not.
+        self._owner = torch.cat(owners)
+        self._share = torch.cat([self._local_rows(share) for _, _, share in parts])
+
+        self.device = self._local([example])[0].device
+        self.dtype = torch.promote_types(example.dtype, torch.float32)
+        self._shape = (sum(self._rows), example.shape[1])
+        self.num_elements = self._shape[0] * self._shape[1]
+        self._touched: list[tuple[Member, Tensor]] = []
+        self._touched_rows: list[int] = []
+        self._frozen = torch.empty(0, 1, dtype=torch.bool, device=self.device)
+        self._saved: Tensor | None = None
+
+    def use_buffers(self, *buffers: Tensor) -> None:
+        """Take importance, uncertainty, measured and scratch, each (num_elements,), from the bank."""
+        shaped = (buffer.view(self._shape) for buffer in buffers)
+        self.importance, self.uncertainty, self.measured, self.scratch = shaped
+
+    def gather(self) -> None:
+        """Copy the weights into `measured` and their gradients into `scratch`.
+
+        Raises:
+            RuntimeError: The parameters have been resharded since the stack was built.
+        """
+        parameters = self._parameters()
+        grads = [parameter.grad for parameter in parameters]
+        if any(grad is None for grad in grads):
+            # A layer that this step did not use: its importance was zero.
+            grads = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]
+        self._stack(parameters, self.measured)
+        self._stack(grads, self.scratch)  # type: ignore[arg-type]
+
+    def scores(self, dtype: torch.dtype | None) -> Tensor:
+        """Return each subspace's mean of importance * uncertainty over its elements in this stack.
+
+        A subspace with a weight that is not finite has a score that is not finite. Reduced over the ranks that share
+        the rows.
+
+        Args:
+            dtype: Of the products; None for that of the EMAs. Sums are float64.
+
+        Returns:
+            (total number of subspaces,) float64 on the CPU; zero for subspaces without rows here.
+        """
+        importance, uncertainty = (t if dtype is None else t.to(dtype) for t in (self.importance, self.uncertainty))
+        rows = importance.mul(uncertainty).sum(1, dtype=torch.float64)
+        rows += self._stack(self._parameters(), self.scratch).sum(1, dtype=torch.float64) * 0.0
+        total = torch.bincount(self._owner, weights=rows.cpu() * self._share, minlength=self._num_subspaces)
+        return self.reduce(total.to(self.device)).cpu()
+
+    def reduce(self, tensor: Tensor) -> Tensor:
+        """Sum `tensor` in place over the ranks that hold other rows of this stack, and return it."""
+        if self._mesh is not None:
+            import torch.distributed as dist
+
+            for dim, placement in enumerate(self._placements):
+                if placement.is_shard():
+                    dist.all_reduce(tensor, group=self._mesh.get_group(dim))
+        return tensor
+
+    def freeze(self, frozen: Tensor) -> None:
+        """Choose the rows that `save_rows` and `restore_rows` protect: those of the subspaces in `frozen` (bool, CPU).
+
+        Only matrices with such a row are touched at all.
+        """
+        chosen = [
+            (member, rows)
+            for member, rows in zip(self.members, frozen[self._owner].split(self._rows), strict=True)
+            if bool(rows.any())
+        ]
+        self._touched_rows = [len(rows) for _, rows in chosen]
+        self._frozen = torch.cat([rows for _, rows in chosen] or [frozen[:0]])[:, None].to(self.device)
+        keep = (~self._frozen).to(self.dtype).expand(-1, self._shape[1]).contiguous()
+        self._touched = [
+            (member, part) for (member, _), part in zip(chosen, keep.split(self._touched_rows), strict=True)
+        ]
+        self._saved = None
+
+    def save_rows(self) -> None:
+        """Remember the touched matrices as they are before an optimizer step."""
+        if self._touched:
+            self._saved = torch.cat(self._local([member.parameter for member, _ in self._touched]))
+
+    def restore_rows(self, optimizer: torch.optim.Optimizer) -> None:
+        """Undo, bit for bit, what a step did to frozen rows, and zero their entries of the optimizer's state."""
+        if self._saved is None:
+            return
+        parameters = self._local([member.parameter for member, _ in self._touched])
+        restored = torch.where(self._frozen, self._saved, torch.cat(parameters))
+        torch._foreach_copy_(parameters, list(restored.split(self._touched_rows)))
+        self._saved = None
+
+        states: list[Tensor] = []
+        keeps: list[Tensor] = []
+        for member, keep in self._touched:
+            parameter = member.parameter
+            for value in optimizer.state.get(parameter, {}).values():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    states.append(value)
+                    keeps.append(keep)
+        if states:
+            torch._foreach_mul_(self._local(states), keeps)
+
+    def export(self, stacked: Tensor) -> dict[str, Tensor]:
+        """Cut a copy of `stacked` (rows, width) into the members' matrices, sharded as they are."""
+        parts = stacked.clone().split(self._rows)
+        if self._mesh is None:
+            return {member.key: part.clone() for member, part in zip(self.members, parts, strict=True)}
+        from torch.distributed.tensor import DTensor
+
+        matrices: dict[str, Tensor] = {}
+        for member, part in zip(self.members, parts, strict=True):
+            shape, stride = member.parameter.shape, member.parameter.stride()
+            matrices[member.key] = DTensor.from_local(
+                part.clone(), self._mesh, self._placements, run_check=False, shape=shape, stride=stride
+            )
+        return matrices
+
+    def load(self, stacked: Tensor, matrices: Mapping[str, Tensor]) -> None:
+        """Fill `stacked` (rows, width) from what `export` returned, also when it was sharded otherwise.
+
+        Raises:
+            ValueError: A matrix is missing or has another shape than its parameter.
+        """
+        for member, part in zip(self.members, stacked.split(self._rows), strict=True):
+            expected = tuple(member.parameter.shape)
+            if member.key not in matrices:
+                raise ValueError(f"state_dict: expected an entry for {member.key!r}, got none")
+            matrix = matrices[member.key]
+            if tuple(matrix.shape) != expected:
+                raise ValueError(f"state_dict: {member.key!r}: expected shape {expected}, got {tuple(matrix.shape)}")
+            part.copy_(self._local_rows(full_tensor(matrix)))
+
+    def _parameters(self) -> list[Tensor]:
+        # `member.parameter` without its cost: this runs for every layer in every step.
+        return [parameters[which] for parameters, which in self._slots]  # type: ignore[misc]
+
+    def _local(self, tensors: list[Tensor]) -> list[Tensor]:
+        return tensors if self._mesh is None else [tensor.to_local() for tensor in tensors]  # type: ignore[attr-defined]
+
+    def _local_rows(self, full: Tensor) -> Tensor:
+        """Return this rank's rows of a tensor whose rows are those of a member, on the tensor's device."""
+        if self._mesh is None:
+            return full
+        from torch.distributed.tensor import distribute_tensor
+
+        # Without a source rank nothing is sent: every rank has the whole tensor and cuts its own part.
+        device = full.device
+        full = full.to(self._mesh.device_type)
+        return distribute_tensor(full, self._mesh, self._placements, src_data_rank=None).to_local().to(device)
+
+    def _stack(self, tensors: list[Tensor], out: Tensor) -> Tensor:
+        """Put this rank's part of the members' `tensors` on top of each other into `out`."""
+        local = self._local(tensors)
+        torch.cat(local, out=out)
+        if out.shape != self._shape:
+            raise RuntimeError(
+                f"SubspaceAllocator: expected parameter rows {self._shape} on this rank, as at first "
+                f"use, got {tuple(out.shape)}; shard the model before its first optimizer step"
+            )
+        return out
+
+
+class ImportanceBank:
+    """The averages of all stacks of one device and dtype, each in one flat buffer that the stacks share.
+
+    Attributes:
+        stacks: Their stacks.
+        device: Where they are.
+    """
+
+    def __init__(self, stacks: Sequence[RowStack], betas: tuple[float, float]) -> None:
+        """Allocate for `stacks`, with EMA coefficients `betas` of the importance and of its uncertainty."""
+        self.stacks = stacks
+        self.device, dtype = stacks[0].device, stacks[0].dtype
+        sizes = [stack.num_elements for stack in stacks]
+        buffers = [torch.zeros(sum(sizes), dtype=dtype, device=self.device) for _ in range(4)]
+        self._importance, self._uncertainty, self._measured, _ = buffers
+        for stack, *parts in zip(stacks, *(buffer.split(sizes) for buffer in buffers), strict=True):
+            stack.use_buffers(*parts)
+        in_blocks = self.device.type == "cpu" and sum(sizes) > 4 * _CPU_BLOCK
+        block = _CPU_BLOCK if in_blocks else max(1, sum(sizes))
+        self._blocks = list(zip(*(buffer.split(block) for buffer in buffers), strict=True))
+        # 0-dim tensors, so that the device can zero them for a step that does not count.
+        self._weights = tuple(torch.tensor(1 - beta, dtype=dtype, device=self.device) for beta in betas)
+
+    def measure(self) -> Tensor:
+        """Compute |w * g| of every element from the present weights and gradients; `accumulate` uses it.
+
+        Returns:
+            Its sum over this rank's elements, a 0-dim tensor: finite exactly when all of it is.
+        """
+        for stack in self.stacks:
+            stack.gather()
+        sums = [measured.mul_(grad).abs_().sum() for _, _, measured, grad in self._blocks]
+        return functools.reduce(torch.add, sums)
+
+    def accumulate(self, valid: Tensor | None) -> None:
+        """Let both EMAs take in the measured |w * g|, unless the step does not count.
+
+        uncertainty = b2 uncertainty + (1 - b2) ||w g| - importance|, then importance = b1 importance + (1 - b1) |w g|.
+
+        Args:
+            valid: Whether it counts, a 0-dim bool on this device that nobody has read; None if it does.
+        """
+        weight1, weight2 = self._weights
+        if valid is not None:
+            # With weight 0 a lerp changes nothing, not even rounding, provided that its end is finite.
+            weight1, weight2 = weight1 * valid, weight2 * valid
+            self._measured.nan_to_num_(0.0, 0.0, 0.0)
+        for importance, uncertainty, measured, scratch in self._blocks:
+            deviation = torch.sub(measured, importance, out=scratch).abs_()
+            uncertainty.lerp_(deviation, weight2)
+            importance.lerp_(measured, weight1)
+
+    def reset(self) -> None:
+        """Restart both EMAs at zero."""
+        self._importance.zero_()
+        self._uncertainty.zero_()
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return a plain tensor: of a DTensor the whole (a collective call), any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _stack_key(member: Member) -> tuple[Any, ...]:
+    parameter = member.parameter
+    placements = tuple(getattr(parameter, "placements", ()))
+    if any(placement.is_shard() and placement.dim != 0 for placement in placements):
+        raise NotImplementedError(f"{member.key}: expected a parameter sharded along dimension 0, got {placements}")
+    return parameter.device, parameter.dtype, parameter.shape[1], getattr(parameter, "device_mesh", None), placements
