@@ -109,7 +109,8 @@ class FusedAdaMSSLinear(nn.Module):
         if self.merged:
             return F.linear(x, self.weight, self.bias)
         # The layer's own tensors fit one another; `nn.Module.__getattr__` would cost a small layer a percent.
-        parameters, buffers = self._parameters, self._buffers
+        parameters: dict[str, Any] = self._parameters
+        buffers: dict[str, Any] = self._buffers
         return apply(
             x,
             parameters["weight"],

@@ -106,6 +106,8 @@ def main() -> None:
     rows = []
     print(f"{'D':>5}{'N':>6}{'M':>6}{'K':>4}{'r':>3}  {'provider':<22}{'forward':>19}{'forward + backward':>22}")
     for D, N, M, K, r in shapes:
+        # Otherwise the compiled provider of the last shape runs into dynamo's recompilation limit and goes eager.
+        torch._dynamo.reset()
         torch.manual_seed(0)
         linear = nn.Linear(D, N).to(dtype).requires_grad_(False)
         built = providers(linear, K, r, args.providers.split(","))

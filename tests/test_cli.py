@@ -27,8 +27,6 @@ def test_info_tests_every_available_backend(capsys):
 
 
 def test_info_fails_when_a_backend_computes_nonsense(monkeypatch, capsys):
-    forward = torch.ops  # only to keep the name short below
-    del forward
     from adamss_kernels import ops, reference
 
     right = reference.forward
@@ -64,10 +62,13 @@ def test_demo_adapts_saves_reloads_and_reports(tmp_path, capsys):
     arguments = ["demo", "--output", str(tmp_path), "--epochs", "2", "--pretrain-epochs", "1", "--subspaces", "3"]
     assert main(arguments) == 0
     out = capsys.readouterr().out
-    for line in ("accuracy before", "accuracy after", "trained in linear layers", "training step", "adapter file"):
+    for line in ("accuracy before", "accuracy after", "parameters trained at the end", "training step", "adapter:"):
         assert line in out
-    assert "reloaded, same predictions" in out
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "reloaded, same predictions: yes" in out
+    subspaces = next(line for line in out.splitlines() if line.startswith("subspaces trained"))
+    assert subspaces.split()[-3:] == ["0", "72", "36"], "24 layers of 3, and half of them"
+    for plot in ("curves.png", "subspaces.png"):
+        assert (tmp_path / plot).read_bytes().startswith(b"\x89PNG")
     # The adapter is bound to the pretrained base, not to a fresh one.
     with pytest.raises(ValueError, match="the base weight differs"):
         load_adapter(DigitsViT(), tmp_path / "adapter")

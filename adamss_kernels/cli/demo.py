@@ -1,13 +1,15 @@
 """Fine-tune a small vision transformer on real digits, from pretraining to a reloaded adapter.
 
-Pretrains on the digits 0 to 4, freezes the model, and adapts it to 5 to 9 twice: with a new head alone, and with a new
-head and AdaMSS in every attention and MLP layer. Needs no download.
+Pretrains on the digits 0 to 4, freezes the model, and adapts it to 5 to 9 three times: with a new head alone, with
+AdaMSS in every attention and MLP layer besides, and with ASA that prunes half of the subspaces on the way. Needs no
+download.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import statistics
 import time
 from pathlib import Path
@@ -18,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from ..asa import SubspaceAllocator
 from ..checkpoint import load_adapter, save_adapter
 from ..config import AdaMSSConfig
 from ..model import adamss_layers, inject_adamss
@@ -37,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `demo`."""
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for adapter and plot")
     parser.add_argument("--epochs", type=_positive, default=30, help="epochs of adaptation (default: 30)")
-    parser.add_argument("--pretrain-epochs", type=_positive, default=12, help="epochs of pretraining (default: 12)")
+    parser.add_argument("--pretrain-epochs", type=_positive, default=25, help="epochs of pretraining (default: 25)")
     parser.add_argument("--subspaces", type=_positive, default=8, help="subspaces K per layer (default: 8)")
     parser.add_argument("--seed", type=int, default=0)
 
@@ -56,58 +59,98 @@ def run(args: argparse.Namespace) -> int:
     old, new = load_digits_split(0, 4), load_digits_split(5, 9)
 
     base = DigitsViT()
-    pretrained = train(base, old, args.pretrain_epochs, lr=1e-3, title="pretrain on 0-4")
+    pretrained = train(base, old, args.pretrain_epochs, lr=2e-3, title="pretrain on 0-4")
     base.head = nn.Linear(base.head.in_features, 5)
     before = accuracy(base, new)
 
-    head_only = copy.deepcopy(base).requires_grad_(False)
-    head_only.head.requires_grad_(True)
-    head_run = train(head_only, new, args.epochs, lr=5e-3, title="head only on 5-9")
-
+    models = {"head only": copy.deepcopy(base).requires_grad_(False)}
+    models["head only"].head.requires_grad_(True)
+    steps = args.epochs * steps_per_epoch(new)
+    targets = len(TARGETS) * len(base.blocks) * args.subspaces
     config = AdaMSSConfig(
-        r=32, num_subspaces=args.subspaces, subspace_rank=2, target_modules=TARGETS, modules_to_save=["head"]
+        r=32,
+        num_subspaces=args.subspaces,
+        subspace_rank=2,
+        target_modules=TARGETS,
+        modules_to_save=["head"],
+        asa_target_subspaces=max(1, targets // 2),
+        init_warmup=steps // 4,
+        final_warmup=steps * 3 // 4 + 1,
+        mask_interval=max(1, steps // 20),
     )
-    adapted = inject_adamss(copy.deepcopy(base), config)
-    adamss_run = train(adapted, new, args.epochs, lr=5e-3, title="AdaMSS on 5-9")
+    for name, use_asa in (("AdaMSS", False), ("AdaMSS + ASA", True)):
+        models[name] = copy.deepcopy(base)
+        inject_adamss(models[name], dataclasses.replace(config, use_asa=use_asa))
+    allocator = SubspaceAllocator(models["AdaMSS + ASA"], dataclasses.replace(config, use_asa=True))
+    # The same batches for every model.
+    runs = {}
+    for name, model in models.items():
+        torch.manual_seed(args.seed)
+        runs[name] = train(model, new, args.epochs, 5e-3, name, allocator if name == "AdaMSS + ASA" else None)
 
+    adapted = models["AdaMSS + ASA"]
     path = save_adapter(adapted, args.output / "adapter")
     reloaded = load_adapter(copy.deepcopy(base), args.output / "adapter")
     with torch.no_grad():
         same = torch.equal(adapted(new.test_x), reloaded(new.test_x))
 
-    frozen = copy.deepcopy(base).requires_grad_(False)
-    frozen.head.requires_grad_(True)
-    frozen_time, adamss_time = step_times([frozen, adapted], new)
-    plot = args.output / "curves.png"
-    plotted = draw(plot, {"head only": head_run, "AdaMSS": adamss_run})
-
-    trainable = sum(layer.layout.num_parameters(layer.basis.shape[0]) for layer in adamss_layers(adapted).values())
-    head = sum(p.numel() for p in adapted.head.parameters())
+    times = dict(zip(models, step_times(list(models.values()), new), strict=True))
     total = sum(p.numel() for p in base.parameters())
+    trained = {name: trained_parameters(model) for name, model in models.items()}
+    ratios = {name: seconds / times["head only"] for name, seconds in times.items()}
     print(
-        f"\npretraining accuracy on digits 0-4   {pretrained.accuracies[-1]:7.1%}"
-        f"\n\n{'digits 5-9':<28}{'head only':>14}{'head + AdaMSS':>16}"
-        f"\n{'accuracy before':<28}{before:>14.1%}{before:>16.1%}"
-        f"\n{'accuracy after':<28}{head_run.accuracies[-1]:>14.1%}{adamss_run.accuracies[-1]:>16.1%}"
-        f"\n{'trained in the head':<28}{head:>14,}{head:>16,}"
-        f"\n{'trained in linear layers':<28}{0:>14,}{trainable:>16,}"
-        f"\n{'  share of the model':<28}{'':>14}{trainable / total:>16.2%}"
-        f"\n{'training step':<28}{frozen_time * 1e3:>11.2f} ms{adamss_time * 1e3:>13.2f} ms"
-        f"\n{'  ratio to frozen model':<28}{'':>14}{adamss_time / frozen_time:>15.2f}x"
-        f"\n{'adapter file':<28}{'':>14}{path.stat().st_size / 1024:>12.0f} KiB"
-        f"\n{'reloaded, same predictions':<28}{'':>14}{'yes' if same else 'NO':>16}"
-        f"\n\nadapter: {path}\n{f'curves:  {plot}' if plotted else 'curves:  not drawn, matplotlib is missing'}"
+        f"\npretraining accuracy on digits 0-4: {pretrained.accuracies[-1]:.1%}"
+        f"\n\n{'digits 5-9':<30}{''.join(f'{name:>15}' for name in models)}"
+        f"\n{'accuracy before':<30}{''.join(f'{before:>15.1%}' for _ in models)}"
+        f"\n{'accuracy after':<30}{''.join(f'{runs[n].accuracies[-1]:>15.1%}' for n in models)}"
+        f"\n{'subspaces trained at the end':<30}{''.join(f'{subspaces(m):>15,}' for m in models.values())}"
+        f"\n{'parameters trained at the end':<30}{''.join(f'{trained[n]:>15,}' for n in models)}"
+        f"\n{'  share of the model':<30}{''.join(f'{trained[n] / total:>15.2%}' for n in models)}"
+        f"\n{'training step':<30}{''.join(f'{times[n] * 1e3:>12.2f} ms' for n in models)}"
+        f"\n{'  ratio to the frozen model':<30}{''.join(f'{ratios[n]:>15.2f}' for n in models)}"
+        f"\n\nadapter: {path} ({path.stat().st_size / 1024:.0f} KiB)"
+        f"\nreloaded, same predictions: {'yes' if same else 'NO'}"
     )
+    if draw(args.output / "curves.png", runs):
+        allocator.plot(args.output / "subspaces.png")
+        print(f"plots: {args.output / 'curves.png'}, {args.output / 'subspaces.png'}")
+    else:
+        print("plots: not drawn, matplotlib is missing")
     return 0 if same else 1
 
 
-def train(model: nn.Module, data: Split, epochs: int, lr: float, title: str) -> Run:
+def subspaces(model: nn.Module) -> int:
+    """Return how many subspaces still train."""
+    return sum(int((layer.active & layer.trainable).sum()) for layer in adamss_layers(model).values())
+
+
+def trained_parameters(model: nn.Module) -> int:
+    """Return how many parameters in the linear layers still train (the head trains in every run)."""
+    count = 0
+    for layer in adamss_layers(model).values():
+        B, C = layer.layout.unpack(layer.B, layer.C)
+        trains = (layer.active & layer.trainable).tolist()
+        count += sum(B_k.numel() + C_k.numel() for B_k, C_k, yes in zip(B, C, trains, strict=True) if yes)
+    return count
+
+
+def steps_per_epoch(data: Split) -> int:
+    """Return the number of batches of 64."""
+    return -(-len(data.train_y) // 64)
+
+
+def train(
+    model: nn.Module, data: Split, epochs: int, lr: float, title: str, allocator: SubspaceAllocator | None = None
+) -> Run:
     """Train what requires grad with AdamW, one-cycle learning rate and batches of 64, showing progress."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
-    batches = -(-len(data.train_y) // 64)
+    if allocator is not None:
+        allocator.attach(optimizer)
+    batches = steps_per_epoch(data)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * batches)
     run = Run([], [])
+    step = 0
     with tqdm(range(epochs), desc=f"{title:<18}", unit="epoch") as bar:
         for _ in bar:
             model.train()
@@ -118,10 +161,14 @@ def train(model: nn.Module, data: Split, epochs: int, lr: float, title: str) -> 
                 loss.backward()
                 optimizer.step()
                 schedule.step()
+                step += 1
+                if allocator is not None:
+                    allocator.update_and_allocate(step)
                 total += loss.item() / batches
             run.losses.append(total)
             run.accuracies.append(accuracy(model, data))
-            bar.set_postfix(loss=f"{total:.3f}", accuracy=f"{run.accuracies[-1]:.1%}")
+            left = {} if allocator is None else {"subspaces": sum(allocator.active_counts().values())}
+            bar.set_postfix(loss=f"{total:.3f}", accuracy=f"{run.accuracies[-1]:.1%}", **left)
     return run
 
 
@@ -155,7 +202,7 @@ def draw(path: Path, runs: dict[str, Run]) -> bool:
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
-    for (name, run), style in zip(runs.items(), ("--", "-"), strict=True):
+    for (name, run), style in zip(runs.items(), (":", "--", "-"), strict=True):
         epochs = range(1, len(run.losses) + 1)
         left.plot(epochs, run.losses, style, color="black", label=name)
         right.plot(epochs, [100 * a for a in run.accuracies], style, color="black", label=name)

@@ -60,9 +60,10 @@ def self_test(backend: str) -> str:
     rounded = [t.float() for t in exact]
     exact = [t.double() for t in rounded]
 
-    def output_and_gradients(operands: list[torch.Tensor], layout: SubspaceLayout, backend: str) -> list[torch.Tensor]:
-        leaves = [t.requires_grad_() for t in (operands[0], *operands[5:])]
-        y = adamss_linear(*operands, layout, backend=backend)
+    def output_and_gradients(operands: list[Any], layout: SubspaceLayout, backend: str) -> list[torch.Tensor]:
+        x, weight, bias, basis, basis_bias, B, C = operands
+        leaves = [t.requires_grad_() for t in (x, B, C)]
+        y = adamss_linear(x, weight, bias, basis, basis_bias, B, C, layout, backend=backend)
         return [y.detach(), *torch.autograd.grad(y.square().sum(), leaves)]
 
     try:
