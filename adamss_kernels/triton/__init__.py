@@ -155,6 +155,7 @@ def backward(
                 else:
                     dx = torch.mm(dS.to(dy.dtype), Q).addmm_(dy, weight)
         if need_dweight:
+            assert x is not None
             dweight = dy.T @ x
         if need_dbias:
             dbias = dy.sum(0)
@@ -167,12 +168,13 @@ def _grad_B(dS, x, P, basis, basis_bias, B, offsets, active, trainable, arch):  
     if P is not None:
         parts = launch.token_product(dS, P.contiguous(), False, arch)
         return launch.sum_dB(parts, offsets, active, trainable, B.dtype)
-    parts = launch.token_product(dS, x, basis_bias is not None, arch)
-    G = launch.sum_dB(parts, offsets, active, trainable, torch.float32)
-    D = basis.shape[1]
-    dB = G[:, :D] @ basis.T.float()
+    assert x is not None
+    ones = basis_bias is not None
+    parts = launch.token_product(dS, x, ones, arch)
+    G, g = launch.sum_dB(parts, offsets, active, trainable, torch.float32).split([x.shape[1], int(ones)], 1)
+    dB = G @ basis.T.float()
     if basis_bias is not None:
-        dB.addr_(G[:, D], basis_bias.float())
+        dB.addmm_(g, basis_bias.float().unsqueeze(0))
     return dB.to(B.dtype)
 
 

@@ -39,11 +39,16 @@ def _column_mask(offs_rho, K, offsets_ptr, mask_ptr, mask2_ptr, BLOCK_K: tl.cons
 
 
 @triton.jit
-def _Ct_tile(C_ptr, offs_rho, offs_n, first, last, r_max):
-    """Ct[c, i] = C[i, c - first[i]] where first[i] <= c < last[i], else 0: block-diagonal (RHO, N)."""
-    j = offs_rho[:, None] - first[None, :]  # [BLOCK_RHO, BLOCK_N]
-    Ct_mask = (j >= 0) & (offs_rho[:, None] < last[None, :])
-    return tl.load(C_ptr + offs_n.to(tl.int64)[None, :] * r_max + j, mask=Ct_mask, other=0.0)
+def _Ct_tile(C_ptr, offs_rho, offs_n, first, last, r_max, dtype: tl.constexpr):
+    """Ct[first[i] + j, i] = C[i, j] for first[i] + j < last[i], else 0: block-diagonal (RHO, N)."""
+    Ct = tl.zeros((offs_rho.shape[0], offs_n.shape[0]), dtype)  # [BLOCK_RHO, BLOCK_N]
+    C_ptrs = C_ptr + offs_n.to(tl.int64) * r_max  # [BLOCK_N]
+    # Placed entry by entry: a tile of pointers would take more registers than the accumulator leaves.
+    for j in range(r_max):
+        column = first + j
+        C = tl.load(C_ptrs + j, mask=column < last, other=0.0).to(dtype)  # [BLOCK_N]
+        Ct = tl.where(offs_rho[:, None] == column[None, :], C[None, :], Ct)
+    return Ct
 
 
 @triton.jit
@@ -233,9 +238,9 @@ def _linear_fwd_kernel(
         tl.store(P_ptrs, P.to(P_ptr.dtype.element_ty), mask=m_mask[:, None] & r_mask[None, :])
     first, last = _row_span(offs_n, N, row_subspace_ptr, offsets_ptr, active_ptr, None)
     if _reads(first, last, 0, BLOCK_RHO):
-        Ct = _Ct_tile(C_ptr, offs_rho, offs_n, first, last, r_max)  # [BLOCK_RHO, BLOCK_N]
         dtype = x_ptr.dtype.element_ty
-        y = tl.dot(S.to(dtype), Ct.to(dtype), y, input_precision=PRECISION)
+        Ct = _Ct_tile(C_ptr, offs_rho, offs_n, first, last, r_max, dtype)  # [BLOCK_RHO, BLOCK_N]
+        y = tl.dot(S.to(dtype), Ct, y, input_precision=PRECISION)
     if bias_ptr is not None:
         if split == 0:
             y += tl.load(bias_ptr + offs_n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
@@ -283,8 +288,8 @@ def _add_update(
             S_mask = (offs_m < M)[:, None] & (offs_rho < RHO)[None, :]
             S_ptrs = S_ptr + offs_m.to(tl.int64)[:, None] * RHO + offs_rho[None, :]
             S = tl.load(S_ptrs, mask=S_mask, other=0.0)  # [BLOCK_M, BLOCK_RHO]
-            Ct = _Ct_tile(C_ptr, offs_rho, offs_n, first, last, r_max)  # [BLOCK_RHO, BLOCK_N]
-            y = tl.dot(S.to(dtype), Ct.to(dtype), y, input_precision=PRECISION)
+            Ct = _Ct_tile(C_ptr, offs_rho, offs_n, first, last, r_max, dtype)  # [BLOCK_RHO, BLOCK_N]
+            y = tl.dot(S.to(dtype), Ct, y, input_precision=PRECISION)
     return y
 
 

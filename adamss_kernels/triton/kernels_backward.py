@@ -35,7 +35,7 @@ def _delta_bwd_kernel(
             dy_ptrs = dy_ptr + offs_m.to(tl.int64)[:, None] * stride_dym + offs_n.to(tl.int64)[None, :] * stride_dyn
             dy = tl.load(dy_ptrs, mask=m_mask[:, None] & (offs_n < N)[None, :], other=0.0)  # [BLOCK_M, BLOCK_N]
             if dS_ptr is not None:
-                Ct = _Ct_tile(C_ptr, offs_rho, offs_n, first, last, r_max).to(dtype)  # [BLOCK_RHO, BLOCK_N]
+                Ct = _Ct_tile(C_ptr, offs_rho, offs_n, first, last, r_max, dtype)  # [BLOCK_RHO, BLOCK_N]
                 dS = tl.dot(dy, tl.trans(Ct), dS, input_precision=PRECISION)
             if dC_ptr is not None:
                 first, last = _row_span(offs_n, N, row_subspace_ptr, offsets_ptr, active_ptr, trainable_ptr)

@@ -45,13 +45,12 @@ def input_projection(
     (R, D), rho, K = basis.shape, B.shape[0], offsets.shape[0] - 1
     Q = torch.empty(rho, D, dtype=dtype, device=B.device)
     q = None if basis_bias is None else torch.empty(rho, dtype=torch.float32, device=B.device)
-    config = Config(16, 64, 32, num_stages=2)
-    BLOCK_RHO = block(rho, 32)
+    config = Config(16, 64, 16, num_stages=2)
     launch(
-        kernels._input_projection_kernel, (cdiv(D + 1, config.cols), cdiv(rho, BLOCK_RHO)), config,
+        kernels._input_projection_kernel, (cdiv(D + 1, config.cols), cdiv(rho, config.rows)), config,
         B, basis, basis_bias, offsets, active, Q, q,
         K, D, R, rho, *basis.stride(), 0 if basis_bias is None else basis_bias.stride(0),
-        BLOCK_RHO=BLOCK_RHO, BLOCK_D=config.cols, BLOCK_R=config.depth, BLOCK_K=block(K, K * 2),
+        BLOCK_RHO=config.rows, BLOCK_D=config.cols, BLOCK_R=config.depth, BLOCK_K=block(K, K * 2),
     )  # fmt: skip
     return Q, q
 
