@@ -37,7 +37,8 @@ ARCHS = {
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 PRODUCTS = ("_linear_fwd_kernel", "_linear_from_s_kernel", "_linear_dx_kernel")
-SHAPES = {  # (M, D, N) of a member of each shape class, all of them multiples of 16
+SHAPES = {  # (M, D, N) of a member of each shape class
+    "odd": (1001, 771, 773),
     "decode": (16, 4096, 4096),
     "small-narrow": (256, 768, 768),
     "small-wide": (256, 4096, 4096),
@@ -211,7 +212,9 @@ def faults(compiled: Compiled, arch: str) -> list[str]:
     constants, signature = dict(compiled.unit.constants), dict(compiled.unit.signature)
     fma = constants.get("PRECISION") == "ieee" and "*fp32" in (signature.get("x_ptr"), signature.get("dy_ptr"))
     # A warp group works on 64 rows at least: below that mma.sync is what there is.
-    expected = "wgmma" if arch == "sm_90" and constants.get("BLOCK_M", 0) >= 64 else "mma"
+    expected = (
+        "wgmma" if arch == "sm_90" and constants.get("BLOCK_M", 0) >= 64 else "mfma" if arch == "gfx942" else "mma"
+    )
     if name in PRODUCTS and not fma and expected not in compiled.tensor_core:
         said.append(f"{name} on {arch} ({compiled.unit.tile}) runs without {expected}")
     return said
@@ -224,8 +227,8 @@ def table(results: dict[str, list[tuple[str, Compiled]]]) -> str:
     lines = [
         "# Registers and shared memory of the Triton kernels",
         "",
-        f"Written by `python bench/triton_compile.py` with Triton {triton.__version__}, without a GPU: what the compiler",
-        "says, for K = 10, R = 100. A spill count other than 0 is an error. None of this is a measurement of speed.",
+        f"Written by `python bench/triton_compile.py` with Triton {triton.__version__}, without a GPU: what the",
+        "compiler says, for K = 10 and R = 100. A spill count other than 0 is an error. None of this measures speed.",
         "",
     ]
     for arch, rows in results.items():

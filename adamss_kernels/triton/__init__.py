@@ -150,7 +150,8 @@ def backward(
                 dB = _grad_B(dS, x, P, basis, basis_bias, B, offsets, active, trainable, arch)
             if need_dx:
                 Q, _ = launch.input_projection(basis, None, B, offsets, active, dy.dtype)
-                if tuning.backward_form(dy.dtype, arch, tuning.shape_class(M, weight.shape[1])) == "two_launch":
+                shape = tuning.shape_class(M, *weight.shape)
+                if tuning.backward_form(dy.dtype, arch, shape) == "two_launch":
                     dx = launch.linear_dx(dy, weight, dS, Q, arch)
                 else:
                     dx = torch.mm(dS.to(dy.dtype), Q).addmm_(dy, weight)
@@ -190,7 +191,7 @@ def _forward_plan(
 ) -> tuple[str, tuning.Config]:
     """Return the form that runs and the configuration of the one-pass kernel, which decides whether that one can."""
     (M, D), N = x.shape, weight.shape[0]
-    shape = tuning.shape_class(M, D)
+    shape = tuning.shape_class(M, D, N)
     form = tuning.forward_form(x.dtype, arch, shape)
     config = tuning.config("linear_fwd", x.dtype, arch, shape)
     # The one-pass kernel holds y, all of S and a slice of P in registers.

@@ -60,7 +60,7 @@ def project(
 ) -> tuple[Tensor, Tensor | None]:
     """Return S = x Q^T + q (M, RHO) in float32 and, with `keep_P`, P = x A^T + a (M, R) in the dtype of x."""
     (M, D), rho, R = x.shape, Q.shape[0], basis.shape[0] if keep_P else 0
-    config = tuning.config("project", x.dtype, arch, tuning.shape_class(M, D))
+    config = tuning.config("project", x.dtype, arch, tuning.shape_class(M, D, D))
     BLOCK_RHO, BLOCK_R = block(rho, 128), block(R, 128)
     tiles, blocks = cdiv(M, config.rows), max(cdiv(rho, BLOCK_RHO), cdiv(R, BLOCK_R))
     splits, depth = _split(arch, config.split, tiles * blocks, D, config.depth)
@@ -116,7 +116,7 @@ def linear_from_s(
 ) -> Tensor:  # fmt: skip
     """Return y = S Ct + bias + x W^T (M, N)."""
     (M, D), N, rho = x.shape, weight.shape[0], S.shape[1]
-    config = tuning.config("linear_from_s", x.dtype, arch, tuning.shape_class(M, D))
+    config = tuning.config("linear_from_s", x.dtype, arch, tuning.shape_class(M, D, N))
     y = x.new_empty(M, N)
     launch(
         kernels._linear_from_s_kernel, (cdiv(M, config.rows) * cdiv(N, config.cols),), config,
@@ -133,7 +133,7 @@ def delta_fwd(
 ) -> None:
     """Add S Ct to y (M, N) in place."""
     (M, N), rho = y.shape, S.shape[1]
-    config = tuning.config("delta_fwd", y.dtype, arch, tuning.shape_class(M, N))
+    config = tuning.config("delta_fwd", y.dtype, arch, tuning.shape_class(M, N, N))
     launch(
         kernels._delta_fwd_kernel, (cdiv(M, config.rows), cdiv(N, config.cols)), config,
         y, S, C, row_subspace, offsets, active, M, N, rho, C.shape[1],
@@ -147,7 +147,7 @@ def delta_bwd(
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Return dS = dy C (M, RHO) in float32 and dC (N, r_max) in the dtype of C, from one pass over dy."""
     (M, N), r_max = dy.shape, C.shape[1]
-    config = tuning.config("delta_bwd", dy.dtype, arch, tuning.shape_class(M, N))
+    config = tuning.config("delta_bwd", dy.dtype, arch, tuning.shape_class(M, N, N))
     BLOCK_RHO = block(rho, 64)
     tiles, blocks = cdiv(M, config.rows), cdiv(rho, BLOCK_RHO)
     splits, width = _split(arch, config.split, tiles * blocks, N, config.cols)
@@ -183,7 +183,7 @@ def sum_dC(
 def linear_dx(dy: Tensor, weight: Tensor, dS: Tensor, Q: Tensor, arch: str) -> Tensor:
     """Return dx = [dS | dy] [Q; W] (M, D)."""
     (M, N), (rho, D) = dy.shape, Q.shape
-    config = tuning.config("linear_dx", dy.dtype, arch, tuning.shape_class(M, D))
+    config = tuning.config("linear_dx", dy.dtype, arch, tuning.shape_class(M, N, D))
     dx = dy.new_empty(M, D)
     launch(
         kernels_backward._linear_dx_kernel, (cdiv(M, config.rows) * cdiv(D, config.cols),), config,
@@ -197,7 +197,7 @@ def linear_dx(dy: Tensor, weight: Tensor, dS: Tensor, Q: Tensor, arch: str) -> T
 def token_product(dS: Tensor, z: Tensor, ones: bool, arch: str) -> Tensor:
     """Return the parts G (T, RHO, Z) of dS^T z in float32; with `ones`, z (M, Z - 1) gets a last column of ones."""
     (M, rho), Z = dS.shape, z.shape[1] + ones
-    config = tuning.config("token_product", z.dtype, arch, tuning.shape_class(M, Z))
+    config = tuning.config("token_product", z.dtype, arch, tuning.shape_class(M, Z, Z))
     BLOCK_RHO = block(rho, 64)
     tiles, blocks = cdiv(Z, config.cols), cdiv(rho, BLOCK_RHO)
     splits, height = _split(arch, config.split, tiles * blocks, M, config.rows)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 KERNELS = ("linear_fwd", "linear_from_s", "delta_fwd", "project", "delta_bwd", "linear_dx", "token_product")
-SHAPES = ("decode", "small-narrow", "small-wide", "large-narrow", "large-wide")
+SHAPES = ("odd", "decode", "small-narrow", "small-wide", "large-narrow", "large-wide")
 FORWARD_FORMS = ("fused", "two_launch", "epilogue")
 BACKWARD_FORMS = ("two_launch", "epilogue")
 MAX_FUSED_RHO = 64
@@ -69,7 +69,7 @@ _BASE = {
     ("project", "16"): Config(64, 16, 32, split=0),
     ("delta_bwd", "16"): Config(64, 64, split=0, num_stages=2),
     ("token_product", "16"): Config(64, 64, split=0, num_stages=2),
-    ("linear_fwd", "32"): Config(64, 64, 32, num_stages=2),
+    ("linear_fwd", "32"): Config(32, 64, 16, num_stages=2),
     ("linear_from_s", "32"): Config(64, 64, 32, num_stages=2),
     ("linear_dx", "32"): Config(64, 64, 32, num_stages=2),
     ("delta_fwd", "32"): Config(32, 64),
@@ -123,8 +123,10 @@ _PROGRAMS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304, "interpre
 """Multiprocessors per GPU. A table and not a query: equal inputs give equal bits on every part of an architecture."""
 
 
-def shape_class(M: int, D: int) -> str:
-    """Return the class in `SHAPES` of a product of M tokens over D input features."""
+def shape_class(M: int, D: int, N: int) -> str:
+    """Return the class in `SHAPES` of a product (M, D) by (D, N); "odd" where rows are not aligned to 16 elements."""
+    if D % 16 or N % 16:
+        return "odd"
     if M <= 16:
         return "decode"
     return f"{'small' if M <= 512 else 'large'}-{'narrow' if D < 1600 else 'wide'}"
