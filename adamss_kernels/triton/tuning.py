@@ -27,6 +27,10 @@ MAX_FUSED_SLICE = 32
 """Columns of S, and of P per column of tiles, that the one-pass kernel accumulates beside y at most."""
 
 
+Key = tuple[str, str, str, str]
+"""Kernel (or "forward", "backward"), dtype class "16" or "32", GPU, shape class."""
+
+
 @dataclass(frozen=True)
 class Config:
     """How one kernel is launched.
@@ -85,7 +89,7 @@ _DECODE = {
     ("linear_from_s", "32"): Config(16, 64, 32, group=1),
 }
 
-CONFIGS: dict[tuple[str, str, str, str], Config] = {
+CONFIGS: dict[Key, Config] = {
     **{
         ("linear_fwd", "16", arch, shape): Config(128, 256, 64, num_warps=8)
         for arch in ("sm_90", "sm_100")
@@ -132,9 +136,14 @@ def shape_class(M: int, D: int, N: int) -> str:
     return f"{'small' if M <= 512 else 'large'}-{'narrow' if D < 1600 else 'wide'}"
 
 
+def key(name: str, dtype: torch.dtype, arch: str, shape: str) -> Key:
+    """Return the key of a kernel's configuration, or of the form of "forward" or "backward"."""
+    return name, "32" if dtype == torch.float32 else "16", arch, shape
+
+
 def config(kernel: str, dtype: torch.dtype, arch: str, shape: str) -> Config:
     """Return the configuration of `kernel` (one of `KERNELS`) for a shape class; there always is one."""
-    return _config(kernel, _dtype_class(dtype), arch, shape)
+    return _config(*key(kernel, dtype, arch, shape))
 
 
 def forward_form(dtype: torch.dtype, arch: str, shape: str) -> str:
@@ -143,12 +152,12 @@ def forward_form(dtype: torch.dtype, arch: str, shape: str) -> str:
     "fused" is one pass over x for y and S, "two_launch" computes S first and starts the product's accumulator from
     S Ct, "epilogue" adds S Ct to torch's product in place.
     """
-    return _form("forward", _dtype_class(dtype), arch, shape)
+    return _form(*key("forward", dtype, arch, shape))
 
 
 def backward_form(dtype: torch.dtype, arch: str, shape: str) -> str:
     """Return which of `BACKWARD_FORMS` computes dx: one product over [dS | dy], or torch's dy W and then dS Q."""
-    return _form("backward", _dtype_class(dtype), arch, shape)
+    return _form(*key("backward", dtype, arch, shape))
 
 
 def fill(arch: str, programs: int, limit: int) -> int:
@@ -172,13 +181,19 @@ def user_file() -> Path:
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "adamss_kernels" / "tuning.json"
 
 
-def save(
-    path: Path, configs: dict[tuple[str, str, str, str], Config], forms: dict[tuple[str, str, str, str], str]
-) -> None:
+def use(configs: dict[Key, Config], forms: dict[Key, str]) -> None:
+    """Put these entries before everything that was read, for the rest of the process or until `reload`."""
+    _overrides()["configs"] |= {"/".join(entry): dataclasses.asdict(value) for entry, value in configs.items()}
+    _overrides()["forms"] |= {"/".join(entry): value for entry, value in forms.items()}
+    _config.cache_clear()
+    _form.cache_clear()
+
+
+def save(path: Path, configs: dict[Key, Config], forms: dict[Key, str]) -> None:
     """Write measured configurations and forms, merged over what `path` already holds."""
     tables = _read(path) if path.exists() else {"configs": {}, "forms": {}}
-    tables["configs"] |= {"/".join(key): dataclasses.asdict(value) for key, value in configs.items()}
-    tables["forms"] |= {"/".join(key): value for key, value in forms.items()}
+    tables["configs"] |= {"/".join(entry): dataclasses.asdict(value) for entry, value in configs.items()}
+    tables["forms"] |= {"/".join(entry): value for entry, value in forms.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f"{path.name}.{os.getpid()}")
     scratch.write_text(json.dumps(tables, indent=1, sort_keys=True) + "\n")
@@ -232,20 +247,16 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
         tables = json.loads(path.read_text())
         if set(tables) != {"configs", "forms"}:
             raise ValueError(f"expected the keys 'configs' and 'forms', got {sorted(tables)}")
-        for key, entry in tables["configs"].items():
-            kernel, dtype, _, shape = key.split("/")
+        for name, entry in tables["configs"].items():
+            kernel, dtype, _, shape = name.split("/")
             if kernel not in KERNELS or dtype not in ("16", "32") or shape not in SHAPES:
-                raise ValueError(f"configs: no kernel, dtype and shape class of this version: {key!r}")
+                raise ValueError(f"configs: no kernel, dtype and shape class of this version: {name!r}")
             Config(**entry)
-        for key, form in tables["forms"].items():
-            direction, dtype, _, shape = key.split("/")
+        for name, form in tables["forms"].items():
+            direction, dtype, _, shape = name.split("/")
             choices = {"forward": FORWARD_FORMS, "backward": BACKWARD_FORMS}.get(direction, ())
             if form not in choices or dtype not in ("16", "32") or shape not in SHAPES:
-                raise ValueError(f"forms: expected one of {choices} for {key!r}, got {form!r}")
+                raise ValueError(f"forms: expected one of {choices} for {name!r}, got {form!r}")
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"tuning file {path}: {error}") from error
     return tables
-
-
-def _dtype_class(dtype: torch.dtype) -> str:
-    return "32" if dtype == torch.float32 else "16"
