@@ -73,20 +73,21 @@ _BASE = {
     ("project", "16"): Config(64, 16, 32, split=0),
     ("delta_bwd", "16"): Config(64, 64, split=0, num_stages=2),
     ("token_product", "16"): Config(64, 64, split=0, num_stages=2),
-    ("linear_fwd", "32"): Config(32, 64, 16, num_stages=2),
-    ("linear_from_s", "32"): Config(64, 64, 32, num_stages=2),
-    ("linear_dx", "32"): Config(64, 64, 32, num_stages=2),
+    # Without tf32 a product is multiplied and added in registers, so its tiles are smaller still.
+    ("linear_fwd", "32"): Config(32, 32, 16, num_stages=2),
+    ("linear_from_s", "32"): Config(32, 64, 16, num_stages=2),
+    ("linear_dx", "32"): Config(32, 32, 16, num_stages=2),
     ("delta_fwd", "32"): Config(32, 64),
-    ("project", "32"): Config(32, 16, 32, split=0, num_stages=2),
-    ("delta_bwd", "32"): Config(32, 64, split=0, num_stages=2),
-    ("token_product", "32"): Config(32, 64, split=0, num_stages=2),
+    ("project", "32"): Config(32, 16, 16, split=0, num_warps=8, num_stages=2),
+    ("delta_bwd", "32"): Config(32, 32, split=0, num_warps=8, num_stages=2),
+    ("token_product", "32"): Config(32, 64, split=0, num_warps=8, num_stages=2),
 }
 
 _DECODE = {
     ("linear_fwd", "16"): Config(16, 64, 64, split=0, group=1),
-    ("linear_fwd", "32"): Config(16, 64, 32, split=0, group=1),
+    ("linear_fwd", "32"): Config(16, 64, 16, split=0, group=1),
     ("linear_from_s", "16"): Config(16, 64, 64, group=1),
-    ("linear_from_s", "32"): Config(16, 64, 32, group=1),
+    ("linear_from_s", "32"): Config(16, 64, 16, group=1),
 }
 
 CONFIGS: dict[Key, Config] = {
@@ -218,6 +219,10 @@ def _config(kernel: str, dtype: str, arch: str, shape: str) -> Config:
         return CONFIGS[kernel, dtype, arch, shape]
     if shape == "decode" and (kernel, dtype) in _DECODE:
         return _DECODE[kernel, dtype]
+    if shape == "odd":
+        # Unaligned rows are loaded element by element, which takes an address, hence a register, for each.
+        base = _BASE[kernel, dtype]
+        return dataclasses.replace(base, cols=min(base.cols, 64), num_warps=8)
     return _BASE[kernel, dtype]
 
 
