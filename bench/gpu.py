@@ -25,11 +25,7 @@ BUDGETS = {"tests": 120, "sanitize": 60, "tune": 120, "grid": 120, "step": 120, 
 
 def tests(device: torch.device, budget: float, out: Path) -> dict[str, Any]:
     """The GPU-marked tests, every backend by name, on data drawn afresh."""
-    return _pytest(device, budget, "tests/test_gpu.py")
-
-
-def _pytest(device: torch.device, budget: float, *arguments: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", *arguments]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-rs", "-m", "gpu", "tests"]
     done = _run(command, device, budget, ADAMSS_TEST_DEVICE=device.type)
     tail = done.stdout.strip().splitlines()[-30:]
     counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|error)", tail[-1] if tail else "")}
@@ -142,6 +138,10 @@ def _summary(records: list[dict[str, Any]]) -> str:
     return "\n".join(parts) + "\n"
 
 
+def _gpu() -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", torch.cuda.get_device_name()).strip("-")
+
+
 def main() -> int:
     """Run the stages asked for, each in a fresh process, and write the summary; the status is 1 where one failed."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -155,9 +155,9 @@ def main() -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device; --device cpu makes a dry run", file=sys.stderr)
         return 2
-    place = "cpu" if args.device == "cpu" else torch.cuda.get_device_name().replace(" ", "-")
-    out: Path = args.out or (Path(os.environ["OUT"]) if "OUT" in os.environ else ROOT / "bench" / "results" / place)
-    out = out.resolve()
+    # A dry run measures nothing worth keeping.
+    default = ROOT / "build" / "bench-cpu" if args.device == "cpu" else ROOT / "bench" / "results" / _gpu()
+    out = Path(args.out or os.environ.get("OUT") or default).resolve()
     out.mkdir(parents=True, exist_ok=True)
     if args.in_this_process:
         return _child(args.stage[0], device, args.seconds, out)
@@ -173,8 +173,11 @@ def main() -> int:
         if not path.exists():
             message = f"ended with status {done.returncode}: {done.stderr[-2000:]}"
             record = {"stage": stage, "environment": environment(device), "seconds": budget, "error": message}
-            path.write_text(json.dumps(record, indent=1) + "\n")
-        records.append(json.loads(path.read_text()))
+        else:
+            record = json.loads(path.read_text())
+        record["environment"]["command"] = ["bench/gpu.py", *sys.argv[1:]]
+        path.write_text(json.dumps(record, indent=1) + "\n")
+        records.append(record)
         said = records[-1].get("error") or records[-1].get("skipped") or "done"
         print(f"{stage}: {said} ({records[-1]['seconds']:.0f} s)", flush=True)
     (out / "summary.md").write_text(_summary(records))

@@ -5,7 +5,7 @@
 #   bench/gpu.sh --stage grid step        some of them
 #   bench/gpu.sh --device cpu             a dry run with tiny shapes: shows that the script works, times nothing
 #
-# Results go to --out, or $OUT, or bench/results/<GPU or "cpu">: one JSON per stage and a readable summary.md.
+# Results go to --out, or $OUT, or bench/results/<GPU> (a dry run: build/bench-cpu): one JSON per stage, and summary.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"

@@ -6,7 +6,6 @@ import importlib.metadata
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,10 +26,9 @@ def peaks(device: torch.device) -> tuple[float, float] | None:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Return GPU, driver, versions, commit and command, as JSON-serialisable values."""
+    """Return GPU, driver, versions and commit, as JSON-serialisable values."""
     root = Path(__file__).parents[1]
     record: dict[str, Any] = {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "commit": _said("git", "-C", str(root), "rev-parse", "HEAD"),
         "dirty": bool(_said("git", "-C", str(root), "status", "--porcelain")),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
