@@ -175,6 +175,36 @@ def _project_kernel(
         tl.store(P_ptrs, P.to(P_ptr.dtype.element_ty), mask=m_mask[:, None] & r_mask[None, :])
 
 
+@triton.jit
+def _fused_products(
+    x_ptrs, W_ptrs, Q_ptrs, A_ptrs, m_mask, n_mask, rho_mask, r_mask, start, end, D, stride_xd, stride_wd, stride_ad,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_RHO: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    WITH_S: tl.constexpr, WITH_P: tl.constexpr,
+):  # fmt: skip
+    """x W^T, x Q^T and x A^T over columns [start, end) of x, read once; what is not asked for is zero."""
+    offs_d = tl.arange(0, BLOCK_D)
+    y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    S = tl.zeros((BLOCK_M, BLOCK_RHO), tl.float32)
+    P = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for d in range(start, end, BLOCK_D):
+        d_mask = offs_d < D - d if not EVEN_D else offs_d >= 0
+        x = tl.load(x_ptrs, mask=m_mask[:, None] & d_mask[None, :], other=0.0)  # [BLOCK_M, BLOCK_D]
+        Wt = tl.load(W_ptrs, mask=d_mask[:, None] & n_mask[None, :], other=0.0)  # [BLOCK_D, BLOCK_N]
+        y = tl.dot(x, Wt, y, input_precision=PRECISION)
+        if WITH_S:
+            Qt = tl.load(Q_ptrs, mask=d_mask[:, None] & rho_mask[None, :], other=0.0)  # [BLOCK_D, BLOCK_RHO]
+            S = tl.dot(x, Qt, S, input_precision=PRECISION)
+        if WITH_P:
+            At = tl.load(A_ptrs, mask=d_mask[:, None] & r_mask[None, :], other=0.0)  # [BLOCK_D, BLOCK_R]
+            P = tl.dot(x, At.to(x.dtype), P, input_precision=PRECISION)
+        x_ptrs += BLOCK_D * stride_xd
+        W_ptrs += BLOCK_D * stride_wd
+        Q_ptrs += BLOCK_D
+        A_ptrs += BLOCK_D * stride_ad
+    return y, S, P
+
+
 @triton.jit(do_not_specialize=["M"])
 def _linear_fwd_kernel(
     x_ptr, W_ptr, bias_ptr, Q_ptr, q_ptr, A_ptr, a_ptr, C_ptr, row_subspace_ptr, offsets_ptr, active_ptr,
@@ -204,23 +234,20 @@ def _linear_fwd_kernel(
     Q_ptrs = Q_ptr + offs_rho.to(tl.int64)[None, :] * D + from_d[:, None]
     A_ptrs = A_ptr + offs_r.to(tl.int64)[None, :] * stride_ar + from_d[:, None] * stride_ad
 
-    y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    S = tl.zeros((BLOCK_M, BLOCK_RHO), tl.float32)
-    P = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for d in range(start, end, BLOCK_D):
-        d_mask = offs_d < D - d if not EVEN_D else offs_d >= 0
-        x = tl.load(x_ptrs, mask=m_mask[:, None] & d_mask[None, :], other=0.0)  # [BLOCK_M, BLOCK_D]
-        Wt = tl.load(W_ptrs, mask=d_mask[:, None] & n_mask[None, :], other=0.0)  # [BLOCK_D, BLOCK_N]
-        Qt = tl.load(Q_ptrs, mask=d_mask[:, None] & rho_mask[None, :], other=0.0)  # [BLOCK_D, BLOCK_RHO]
-        y = tl.dot(x, Wt, y, input_precision=PRECISION)
-        S = tl.dot(x, Qt, S, input_precision=PRECISION)
-        if P_ptr is not None:
-            At = tl.load(A_ptrs, mask=d_mask[:, None] & r_mask[None, :], other=0.0)  # [BLOCK_D, BLOCK_R]
-            P = tl.dot(x, At.to(x.dtype), P, input_precision=PRECISION)
-        x_ptrs += BLOCK_D * stride_xd
-        W_ptrs += BLOCK_D * stride_wd
-        Q_ptrs += BLOCK_D
-        A_ptrs += BLOCK_D * stride_ad
+    first, last = _row_span(offs_n, N, row_subspace_ptr, offsets_ptr, active_ptr, None)
+    reads_S = _reads(first, last, 0, BLOCK_RHO)
+    if S_ptr is not None:
+        reads_S = reads_S | (pid_n == 0)
+    if reads_S:
+        y, S, P = _fused_products(
+            x_ptrs, W_ptrs, Q_ptrs, A_ptrs, m_mask, n_mask, rho_mask, r_mask, start, end, D, stride_xd, stride_wd,
+            stride_ad, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_RHO, EVEN_D, PRECISION, True, P_ptr is not None,
+        )  # fmt: skip
+    else:
+        y, S, P = _fused_products(
+            x_ptrs, W_ptrs, Q_ptrs, A_ptrs, m_mask, n_mask, rho_mask, r_mask, start, end, D, stride_xd, stride_wd,
+            stride_ad, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_R, BLOCK_RHO, EVEN_D, PRECISION, False, P_ptr is not None,
+        )  # fmt: skip
 
     # Everything is linear, so one split adds the constant terms.
     if q_ptr is not None:
@@ -236,8 +263,9 @@ def _linear_fwd_kernel(
             P += a.to(tl.float32)[None, :]
         P_ptrs = P_ptr + offs_m.to(tl.int64)[:, None] * R + offs_r[None, :]
         tl.store(P_ptrs, P.to(P_ptr.dtype.element_ty), mask=m_mask[:, None] & r_mask[None, :])
-    first, last = _row_span(offs_n, N, row_subspace_ptr, offsets_ptr, active_ptr, None)
-    if _reads(first, last, 0, BLOCK_RHO):
+    if reads_S:
+        # Found again rather than kept in registers over the loop.
+        first, last = _row_span(offs_n, N, row_subspace_ptr, offsets_ptr, active_ptr, None)
         dtype = x_ptr.dtype.element_ty
         Ct = _Ct_tile(C_ptr, offs_rho, offs_n, first, last, r_max, dtype)  # [BLOCK_RHO, BLOCK_N]
         y = tl.dot(S.to(dtype), Ct, y, input_precision=PRECISION)
