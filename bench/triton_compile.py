@@ -3,8 +3,8 @@
 Usage: python bench/triton_compile.py [--arch sm_90 ...] [--dtype bfloat16 ...] [--out docs/triton-registers.md]
 
 The operators run on fake CUDA tensors with the launches recorded instead of made, so what is compiled is what would be
-launched: the same kernels, argument types, divisibility and configurations. Exit status 1 if a kernel spills or needs
-more shared memory than its GPU has, or where a product on sm_90 does without wgmma.
+launched: the same kernels, argument types, divisibility and configurations. Exit status 1 if a kernel spills, needs
+more shared memory than its GPU has, or multiplies without tensor cores (on sm_90: without wgmma, or not overlapped).
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ class Compiled:
     spilled: int
     shared: int
     tensor_core: str
+    serialised: bool
 
 
 def record(arch: str, run: Callable[[], object]) -> list[Unit]:
@@ -132,13 +133,16 @@ def compile_unit(unit: Unit, arch: str) -> Compiled:
         registers, spilled = (
             int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count")
         )
-        return Compiled(unit, registers, 4 * spilled, compiled.metadata.shared, _first(text, r"v_mfma_\w+"))
-    registers, spilled = _ptxas(compiled.asm["ptx"], int(arch.removeprefix("sm_")))
-    pattern = r"wgmma\.mma_async|tcgen05\.mma|mma\.sync"
-    return Compiled(unit, registers, spilled, compiled.metadata.shared, _first(compiled.asm["ptx"], pattern))
+        return Compiled(unit, registers, 4 * spilled, compiled.metadata.shared, _first(text, r"v_mfma_\w+"), False)
+    said = _ptxas(compiled.asm["ptx"], int(arch.removeprefix("sm_")))
+    registers = int(re.search(r"Used (\d+) registers", said)[1])
+    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", said))
+    instruction = _first(compiled.asm["ptx"], r"wgmma\.mma_async|tcgen05\.mma|mma\.sync")
+    return Compiled(unit, registers, spilled, compiled.metadata.shared, instruction, "serialized" in said)
 
 
-def _ptxas(ptx: str, capability: int) -> tuple[int, int]:
+def _ptxas(ptx: str, capability: int) -> str:
+    """Return what ptxas -v says."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     target = re.search(r"\.target (\w+)", ptx)[1]
@@ -153,9 +157,7 @@ def _ptxas(ptx: str, capability: int) -> tuple[int, int]:
             "-o",
             str(path.with_suffix(".o")),
         ]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", said))
-    return int(re.search(r"Used (\d+) registers", said)[1]), spilled
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
 def _first(text: str, pattern: str) -> str:
@@ -209,6 +211,8 @@ def faults(compiled: Compiled, arch: str) -> list[str]:
         said.append(f"{name} on {arch} ({compiled.unit.tile}) spills {compiled.spilled} bytes")
     if compiled.shared > SHARED_LIMIT[arch]:
         said.append(f"{name} on {arch} ({compiled.unit.tile}) needs {compiled.shared} bytes of shared memory")
+    if compiled.serialised:
+        said.append(f"{name} on {arch} ({compiled.unit.tile}) runs its wgmma one after the other")
     constants, signature = dict(compiled.unit.constants), dict(compiled.unit.signature)
     fma = constants.get("PRECISION") == "ieee" and "*fp32" in (signature.get("x_ptr"), signature.get("dy_ptr"))
     # A warp group works on 64 rows at least: below that mma.sync is what there is.

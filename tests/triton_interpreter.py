@@ -276,6 +276,16 @@ def test_frozen_B_is_projected_once_per_version(monkeypatch):
     assert len(backend._projections) == 0
 
 
+def test_frozen_B_projected_in_inference_mode_can_change_outside():
+    problem = make_problem(M=3, D=20, N=24).to(torch.float32)
+    problem.x, problem.B, problem.C = (t.detach() for t in (problem.x, problem.B, problem.C))
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        with mode():
+            problem.B.mul_(2)
+            y = adamss_linear(*problem.operands, backend="triton")
+            torch.testing.assert_close(y, plain(problem), rtol=1e-5, atol=1e-5)
+
+
 def test_layer_trains_and_compiles():
     layer = make_layer(backend="triton")
     x = torch.randn(5, 24, requires_grad=True)

@@ -229,7 +229,8 @@ def _frozen_projection(
     held = _projections.get(B)
     if held is not None and held.state == state and all(map(operator.is_, held.frozen, frozen)):
         return held.Q, held.q
-    Q, q = project(basis, basis_bias, B, offsets, active, dtype)
+    with torch.inference_mode(False):  # or the next version could not be written over it
+        Q, q = project(basis, basis_bias, B, offsets, active, dtype)
     if B.is_cuda and torch.cuda.is_current_stream_capturing():
         # Memory of the graph's pool holds a value only once the graph has run.
         return Q, q

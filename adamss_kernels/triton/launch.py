@@ -15,6 +15,12 @@ from triton.runtime import JITFunction
 from . import kernels, kernels_backward, tuning
 from .tuning import Config
 
+# Not tuned: these kernels move little.
+_INPUT_PROJECTION = Config(16, 64, 16, num_stages=2)
+_SUM_DC = Config(32, 16)
+_SUM_DB = Config(16, 64)
+_SUM_PARTS = Config(16, 1024)
+
 
 def launch(kernel: JITFunction, grid: tuple[int, ...], config: Config, *args: object, **constants: object) -> None:
     """Run `kernel` over `grid`: the only place where anything is launched."""
@@ -45,7 +51,7 @@ def input_projection(
     (R, D), rho, K = basis.shape, B.shape[0], offsets.shape[0] - 1
     Q = torch.empty(rho, D, dtype=dtype, device=B.device)
     q = None if basis_bias is None else torch.empty(rho, dtype=torch.float32, device=B.device)
-    config = Config(16, 64, 16, num_stages=2)
+    config = _INPUT_PROJECTION
     launch(
         kernels._input_projection_kernel, (cdiv(D + 1, config.cols), cdiv(rho, config.rows)), config,
         B, basis, basis_bias, offsets, active, Q, q,
@@ -171,7 +177,7 @@ def sum_dC(
     """Return the sum over t of parts (T, N, r_max) in `dtype`, zero in rows that do not learn and beyond their rank."""
     T, N, r_max = parts.shape
     dC = parts.new_empty(N, r_max, dtype=dtype)
-    config = Config(32, 16)
+    config = _SUM_DC
     launch(
         kernels_backward._sum_dC_kernel, (cdiv(N, config.rows),), config,
         parts, row_subspace, offsets, active, trainable, dC, T, N, r_max,
@@ -216,7 +222,7 @@ def sum_dB(
     """Return the sum over t of parts (T, RHO, Z) in `dtype`, zero in rows of subspaces that do not learn."""
     (T, rho, Z), K = parts.shape, offsets.shape[0] - 1
     dB = parts.new_empty(rho, Z, dtype=dtype)
-    config, BLOCK_RHO = Config(16, 64), block(rho, 32)
+    config, BLOCK_RHO = _SUM_DB, block(rho, 32)
     launch(
         kernels_backward._sum_dB_kernel, (cdiv(Z, config.cols), cdiv(rho, BLOCK_RHO)), config,
         parts, offsets, active, trainable, dB, T, K, rho, Z,
@@ -228,9 +234,9 @@ def sum_dB(
 def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the sum over t of parts (T, ...) in `dtype`."""
     total = parts.new_empty(parts.shape[1:], dtype=dtype)
-    E, BLOCK_E = total.numel(), 1024
+    E, BLOCK_E = total.numel(), _SUM_PARTS.cols
     launch(
-        kernels._sum_parts_kernel, (cdiv(E, BLOCK_E),), Config(16, 16),
+        kernels._sum_parts_kernel, (cdiv(E, BLOCK_E),), _SUM_PARTS,
         parts, total, parts.shape[0], E, BLOCK_E=BLOCK_E,
     )  # fmt: skip
     return total
