@@ -91,7 +91,7 @@ def forward(
     if x.shape[0] == 0:
         return _empty_forward(x, weight, basis, B, keep_S, keep_P)
     with _current(x.device):
-        B, C = B.contiguous(), C.contiguous()
+        B, C, bias, active = _contiguous(B, C, bias, active)
         arch = tuning.arch_of(x.device)
         if keep_S or keep_P:
             Q, q = launch.input_projection(basis, basis_bias, B, offsets, active, x.dtype)
@@ -140,7 +140,7 @@ def backward(
             dx = dy.new_empty(0, weight.shape[1]) if need_dx else dx
             dB, dC = torch.zeros_like(B) if need_dB else dB, torch.zeros_like(C) if need_dC else dC
         elif need_dx or need_dB or need_dC:
-            B, C = B.contiguous(), C.contiguous()
+            B, C, S, P, active, trainable = _contiguous(B, C, S, P, active, trainable)
             need_dS = need_dx or need_dB
             dS, dC_ = launch.delta_bwd(
                 dy, S, C, row_subspace, offsets, active, trainable, B.shape[0], need_dS, need_dC, arch
@@ -167,7 +167,7 @@ def _grad_B(dS, x, P, basis, basis_bias, B, offsets, active, trainable, arch):  
     """Return dB = dS^T P, or dS^T [x | 1] [A | a]^T where x was kept and P was not."""
     launch = _launchers()
     if P is not None:
-        parts = launch.token_product(dS, P.contiguous(), False, arch)
+        parts = launch.token_product(dS, P, False, arch)
         return launch.sum_dB(parts, offsets, active, trainable, B.dtype)
     assert x is not None
     ones = basis_bias is not None
@@ -238,6 +238,11 @@ def _frozen_projection(
         Q, q = held.Q.copy_(Q), None if q is None else held.q.copy_(q)
     _projections[B] = _Projection(state, frozen, Q, q)
     return Q, q
+
+
+def _contiguous(*tensors):  # type: ignore[no-untyped-def]
+    """Return the tensors, laid out as the kernels read what has no strides among their arguments."""
+    return (tensor if tensor is None else tensor.contiguous() for tensor in tensors)
 
 
 def _current(device: torch.device) -> torch.cuda.device:

@@ -70,20 +70,16 @@ def _tile_id(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.con
 
 @triton.jit
 def _add_product(
-    acc, l_ptrs, r_ptrs, rows, cols, start, end, D, stride_ld, stride_rd,
+    acc, l_ptrs, r_ptrs, l_mask, r_mask, D, stride_ld, stride_rd,
     BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc + L[:, start:end] R[start:end, :], for L (M, D) and R (D, N); the pointers stand at column `start`."""
+    """acc + L R for a tile of rows of L (M, D) and a tile of columns of R (D, N)."""
     offs_d = tl.arange(0, BLOCK_D)
-    for d in range(start, end, BLOCK_D):
-        if EVEN_D:
-            lhs = tl.load(l_ptrs, mask=rows[:, None], other=0.0)  # [BLOCK_M, BLOCK_D]
-            rhs = tl.load(r_ptrs, mask=cols[None, :], other=0.0)  # [BLOCK_D, BLOCK_N]
-        else:
-            d_mask = offs_d < D - d
-            lhs = tl.load(l_ptrs, mask=rows[:, None] & d_mask[None, :], other=0.0)
-            rhs = tl.load(r_ptrs, mask=d_mask[:, None] & cols[None, :], other=0.0)
-        acc = tl.dot(lhs, rhs.to(lhs.dtype), acc, input_precision=PRECISION)
+    for d in range(0, D, BLOCK_D):
+        d_mask = offs_d < D - d if not EVEN_D else offs_d >= 0
+        L = tl.load(l_ptrs, mask=l_mask[:, None] & d_mask[None, :], other=0.0)  # [BLOCK_M, BLOCK_D]
+        R = tl.load(r_ptrs, mask=d_mask[:, None] & r_mask[None, :], other=0.0)  # [BLOCK_D, BLOCK_N]
+        acc = tl.dot(L, R, acc, input_precision=PRECISION)
         l_ptrs += BLOCK_D * stride_ld
         r_ptrs += BLOCK_D * stride_rd
     return acc
@@ -298,7 +294,7 @@ def _linear_from_s_kernel(
         y += tl.load(bias_ptr + offs_n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
     x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + offs_d[None, :] * stride_xd
     W_ptrs = W_ptr + offs_n.to(tl.int64)[None, :] * stride_wn + offs_d[:, None] * stride_wd
-    y = _add_product(y, x_ptrs, W_ptrs, m_mask, n_mask, 0, D, D, stride_xd, stride_wd, BLOCK_D, EVEN_D, PRECISION)
+    y = _add_product(y, x_ptrs, W_ptrs, m_mask, n_mask, D, stride_xd, stride_wd, BLOCK_D, EVEN_D, PRECISION)
     y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=m_mask[:, None] & n_mask[None, :])
 

@@ -94,7 +94,7 @@ def _linear_dx_kernel(
         dx = tl.dot(dS.to(Q.dtype), Q, dx, input_precision=PRECISION)
     dy_ptrs = dy_ptr + offs_m.to(tl.int64)[:, None] * stride_dym + offs_n[None, :] * stride_dyn
     W_ptrs = W_ptr + offs_n[:, None] * stride_wn + offs_d.to(tl.int64)[None, :] * stride_wd
-    dx = _add_product(dx, dy_ptrs, W_ptrs, m_mask, d_mask, 0, N, N, stride_dyn, stride_wn, BLOCK_N, EVEN_N, PRECISION)
+    dx = _add_product(dx, dy_ptrs, W_ptrs, m_mask, d_mask, N, stride_dyn, stride_wn, BLOCK_N, EVEN_N, PRECISION)
     dx_ptrs = dx_ptr + offs_m.to(tl.int64)[:, None] * D + offs_d[None, :]
     tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=m_mask[:, None] & d_mask[None, :])
 

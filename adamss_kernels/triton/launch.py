@@ -104,9 +104,9 @@ def linear_fwd(
         x, weight, bias, Q, q, basis, basis_bias, C, row_subspace, offsets, active, y, S, P,
         M, N, D, R, rho, C.shape[1], depth, *x.stride(), *weight.stride(), *basis.stride(),
         0 if basis_bias is None else basis_bias.stride(0),
-        BLOCK_M=config.rows, BLOCK_N=config.cols, BLOCK_D=config.depth, BLOCK_R=slice_width(R, N, config),
-        BLOCK_RHO=block(rho, tuning.MAX_FUSED_RHO), GROUP_M=config.group,
-        EVEN_D=D % config.depth == 0, PRECISION=precision(x.dtype),
+        BLOCK_M=config.rows, BLOCK_N=config.cols, BLOCK_D=config.depth,
+        BLOCK_R=slice_width(R if keep_P else 1, N, config), BLOCK_RHO=block(rho, tuning.MAX_FUSED_RHO),
+        GROUP_M=config.group, EVEN_D=D % config.depth == 0, PRECISION=precision(x.dtype),
     )  # fmt: skip
     return (y if splits == 1 else sum_parts(y, x.dtype)), S, P
 
