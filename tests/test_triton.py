@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import adamss_kernels.triton as backend
-from adamss_kernels import available_backends, ops
+from adamss_kernels import available_backends, ops, reference
 from adamss_kernels.triton import tuning
 
 ARCHS = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942", "gfx90a", "interpreter", "unheard-of")
@@ -60,34 +60,38 @@ def test_says_why_it_cannot_run():
         ops.choose_backend("triton", torch.device("cpu"), torch.float32)
 
 
-@pytest.mark.parametrize("fault", ["_import_error", "_launch_error"])
-def test_auto_falls_back_with_one_warning(fault, monkeypatch):
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """A GPU on which Triton seems to work; what is chosen there is forgotten afterwards."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(backend, "_import_error", lambda: None)
     monkeypatch.setattr(backend, "_launch_error", lambda: None)
-    ops._choose.cache_clear()
-    assert ops._choose("auto", "cuda", torch.bfloat16) == "triton"
+    ops._kernels.cache_clear()
+    yield
+    ops._kernels.cache_clear()
+
+
+def test_auto_prefers_triton_on_a_gpu(pretended_gpu):
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        assert ops._kernels("auto", "cuda", dtype) == (backend.forward, backend.backward)
+
+
+@pytest.mark.parametrize("fault", ["_import_error", "_launch_error"])
+def test_auto_falls_back_with_one_warning(fault, pretended_gpu, monkeypatch):
     monkeypatch.setattr(backend, fault, lambda: "it is broken")
-    ops._choose.cache_clear()
-    with pytest.warns(UserWarning, match="triton.*it is broken"):
-        assert ops._choose("auto", "cuda", torch.bfloat16) == "reference"
+    with pytest.warns(UserWarning, match=r"triton.*it is broken"):
+        assert ops._kernels("auto", "cuda", torch.bfloat16) == (reference.forward, reference.backward)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert ops._choose("auto", "cuda", torch.bfloat16) == "reference"
+        ops._kernels("auto", "cuda", torch.bfloat16)
     with pytest.raises(RuntimeError, match="it is broken"):
-        ops._choose("triton", "cuda", torch.bfloat16)
-    ops._choose.cache_clear()
+        ops.choose_backend("triton", torch.device("cuda"), torch.bfloat16)
 
 
-def test_float64_on_a_gpu_takes_the_reference_without_a_warning(monkeypatch):
-    for name in ("_import_error", "_launch_error"):
-        monkeypatch.setattr(backend, name, lambda: None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    ops._choose.cache_clear()
+def test_float64_on_a_gpu_takes_the_reference_without_a_warning(pretended_gpu):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert ops._choose("auto", "cuda", torch.float64) == "reference"
-    ops._choose.cache_clear()
+        assert ops.choose_backend("auto", torch.device("cuda"), torch.float64) == "reference"
 
 
 def test_broken_installations_are_found_before_use(monkeypatch):
@@ -120,8 +124,8 @@ def test_shipped_tables_name_what_exists():
 
 @pytest.mark.parametrize(
     ("M", "D", "N", "expected"),
-    [(0, 16, 16, "decode"), (16, 9984, 16, "decode"), (17, 1584, 4096, "small-narrow"), (512, 1600, 16, "small-wide"),
-     (513, 768, 768, "large-narrow"), (1 << 20, 4096, 16, "large-wide"), (1, 17, 16, "odd"), (999, 768, 10, "odd")],
+    [(0, 64, 64, "decode"), (16, 9984, 64, "decode"), (17, 1536, 4096, "small-narrow"), (512, 1600, 64, "small-wide"),
+     (513, 768, 768, "large-narrow"), (1 << 20, 4096, 64, "large-wide"), (1, 80, 64, "odd"), (999, 768, 10, "odd")],
 )  # fmt: skip
 def test_shape_classes(M, D, N, expected):
     assert tuning.shape_class(M, D, N) == expected

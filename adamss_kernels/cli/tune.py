@@ -38,7 +38,7 @@ _SHAPES = {
         "large-narrow": (4096, 1024, 1024),
         "large-wide": (8192, 4096, 4096),
     },
-    "cpu": {"decode": (3, 32, 48), "small-narrow": (20, 32, 48)},
+    "cpu": {"decode": (3, 64, 64), "small-narrow": (20, 64, 64)},
 }
 _R, _RANKS = 100, (3,) * 10
 

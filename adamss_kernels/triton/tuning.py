@@ -66,7 +66,7 @@ class Config:
 
 _BASE = {
     # What every GPU can launch: at most 48 KiB of shared memory.
-    ("linear_fwd", "16"): Config(64, 128, 32),
+    ("linear_fwd", "16"): Config(64, 128, 32, num_warps=8),
     ("linear_from_s", "16"): Config(64, 128, 32),
     ("linear_dx", "16"): Config(64, 128, 32),
     ("delta_fwd", "16"): Config(64, 64),
@@ -74,44 +74,32 @@ _BASE = {
     ("delta_bwd", "16"): Config(64, 64, split=0, num_stages=2),
     ("token_product", "16"): Config(64, 64, split=0, num_stages=2),
     # Without tf32 a product is multiplied and added in registers, so its tiles are smaller still.
-    ("linear_fwd", "32"): Config(32, 32, 16, num_stages=2),
+    ("linear_fwd", "32"): Config(16, 32, 16, num_stages=1),
     ("linear_from_s", "32"): Config(32, 64, 16, num_stages=2),
     ("linear_dx", "32"): Config(32, 32, 16, num_stages=2),
     ("delta_fwd", "32"): Config(32, 64),
     ("project", "32"): Config(32, 16, 16, split=0, num_warps=8, num_stages=2),
-    ("delta_bwd", "32"): Config(64, 32, split=0, num_warps=8, num_stages=2),
+    ("delta_bwd", "32"): Config(32, 16, split=0, num_stages=2),
     ("token_product", "32"): Config(32, 64, split=0, num_warps=8, num_stages=2),
 }
 
 _DECODE = {
     ("linear_fwd", "16"): Config(16, 64, 64, split=0, group=1),
-    ("linear_fwd", "32"): Config(16, 64, 16, split=0, group=1),
+    ("linear_fwd", "32"): Config(16, 32, 16, split=0, group=1),
     ("linear_from_s", "16"): Config(16, 64, 64, group=1),
     ("linear_from_s", "32"): Config(16, 64, 16, group=1),
 }
 
 CONFIGS: dict[Key, Config] = {
-    **{
-        ("linear_fwd", "16", arch, shape): Config(128, 256, 64, num_warps=8)
-        for arch in ("sm_90", "sm_100")
-        for shape in ("large-narrow", "large-wide")
-    },
-    **{
-        (kernel, "16", arch, shape): Config(128, 256, 64, num_warps=8)
-        for kernel in ("linear_from_s", "linear_dx")
-        for arch in ("sm_90", "sm_100")
-        for shape in ("large-narrow", "large-wide")
-    },
-    **{
-        (kernel, "16", "sm_80", shape): Config(128, 128, 32, num_warps=8, num_stages=4)
-        for kernel in ("linear_fwd", "linear_from_s", "linear_dx")
-        for shape in ("large-narrow", "large-wide")
-    },
-    **{
-        (kernel, "16", "gfx942", shape): Config(128, 128, 32, num_warps=8, num_stages=2)
-        for kernel in ("linear_fwd", "linear_from_s", "linear_dx")
-        for shape in ("large-narrow", "large-wide")
-    },
+    (kernel, "16", arch, shape): config
+    for arch, config in {
+        "sm_80": Config(128, 128, 32, num_warps=8, num_stages=4),
+        "sm_90": Config(128, 256, 64, num_warps=8),
+        "sm_100": Config(128, 256, 64, num_warps=8),
+        "gfx942": Config(128, 128, 32, num_warps=8, num_stages=2),
+    }.items()
+    for kernel in ("linear_fwd", "linear_from_s", "linear_dx")
+    for shape in ("large-narrow", "large-wide")
 }
 """(kernel, dtype class, GPU, shape class) to the configuration shipped for it; the rest takes a conservative one."""
 
@@ -129,8 +117,8 @@ _PROGRAMS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304, "interpre
 
 
 def shape_class(M: int, D: int, N: int) -> str:
-    """Return the class in `SHAPES` of a product (M, D) by (D, N); "odd" where rows are not aligned to 16 elements."""
-    if D % 16 or N % 16:
+    """Return the class in `SHAPES` of a product (M, D) by (D, N); "odd" where tiles of 64 do not come out even."""
+    if D % 64 or N % 64:
         return "odd"
     if M <= 16:
         return "decode"
@@ -219,8 +207,8 @@ def _config(kernel: str, dtype: str, arch: str, shape: str) -> Config:
         return CONFIGS[kernel, dtype, arch, shape]
     if shape == "decode" and (kernel, dtype) in _DECODE:
         return _DECODE[kernel, dtype]
-    if shape == "odd":
-        # Unaligned rows are loaded element by element, which takes an address, hence a register, for each.
+    if shape == "odd" and dtype == "16":
+        # Rows that are not aligned are loaded element by element, which takes an address, hence registers, for each.
         base = _BASE[kernel, dtype]
         return dataclasses.replace(base, cols=min(base.cols, 64), num_warps=8)
     return _BASE[kernel, dtype]
