@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import environment, interleaved, markdown
+from gpu_timing import environment, interleaved, markdown
 
 ROOT = Path(__file__).parents[1]
 # Seconds that a stage may start new work for; the sum stays below ten minutes.

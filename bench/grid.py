@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timing import interleaved, peaks
+from gpu_timing import interleaved, peaks
 from torch import Tensor, nn
 
 from adamss_kernels import AdaMSSConfig, FusedAdaMSSLinear, available_backends

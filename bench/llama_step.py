@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timing import interleaved
+from gpu_timing import interleaved
 from torch import nn
 
 from adamss_kernels import AdaMSSConfig, inject_adamss

@@ -19,10 +19,9 @@ from adamss_kernels.layout import block_diagonal, column_mask
 
 DEVICE = os.environ.get("ADAMSS_TEST_DEVICE", "cuda")
 ON_GPU = DEVICE == "cuda"
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(ON_GPU and not torch.cuda.is_available(), reason="no CUDA device"),
-]
+if ON_GPU and not torch.cuda.is_available():
+    pytest.skip("no CUDA device", allow_module_level=True)
+pytestmark = pytest.mark.gpu
 needs_cuda = pytest.mark.skipif(not ON_GPU, reason="needs CUDA itself")
 BACKENDS = ("reference", "native", "triton")
 # (M, D, N, R, ranks): each shape class, alignment of nothing, many columns of S, more rank than width.

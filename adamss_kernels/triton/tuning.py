@@ -202,7 +202,7 @@ def _config(kernel: str, dtype: str, arch: str, shape: str) -> Config:
         return Config(**found)
     if arch == "interpreter":
         # Small tiles, so that small tests have several of them.
-        return Config(16, 32, 16, split=0, group=2)
+        return Config(32, 32, 32, split=0, group=2)
     if (kernel, dtype, arch, shape) in CONFIGS:
         return CONFIGS[kernel, dtype, arch, shape]
     if shape == "decode" and (kernel, dtype) in _DECODE:

@@ -1,4 +1,4 @@
-"""Timing and a record of what was timed where; shared by the benchmark scripts beside it."""
+"""Timing on a GPU, and a record of what was timed where; shared by the stages of bench/gpu.py."""
 
 from __future__ import annotations
 
