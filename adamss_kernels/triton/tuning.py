@@ -79,7 +79,7 @@ _BASE = {
     ("linear_dx", "32"): Config(32, 32, 16, num_stages=2),
     ("delta_fwd", "32"): Config(32, 64),
     ("project", "32"): Config(32, 16, 16, split=0, num_warps=8, num_stages=2),
-    ("delta_bwd", "32"): Config(32, 16, split=0, num_stages=2),
+    ("delta_bwd", "32"): Config(32, 16, split=0, num_warps=8, num_stages=2),
     ("token_product", "32"): Config(32, 64, split=0, num_warps=8, num_stages=2),
 }
 
