@@ -9,13 +9,14 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import warnings
 from types import ModuleType
 
 import torch
 
 from .config import BACKENDS
 
-_PREFERENCE = {"cpu": ("native",)}
+_PREFERENCE = {"cpu": ("native",), "cuda": ("triton",)}
 _OVERRIDE = os.environ.get("ADAMSS_BACKEND") or "auto"
 
 _library = torch.library.Library("adamss_kernels", "DEF")
@@ -123,7 +124,8 @@ def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> 
     """Return the backend that runs for tensors of `dtype` on `device`: the only place where that is decided.
 
     "auto" is replaced by the environment variable ADAMSS_BACKEND where that was set when the package was imported. What
-    is still "auto" takes the first of these that can run: on the CPU native, reference; elsewhere reference. A backend
+    is still "auto" takes the first of these that can run: on the CPU native, reference; on CUDA and ROCm triton,
+    reference; elsewhere reference. Where Triton works on a GPU with no dtype at all, a warning says so, once. A backend
     named explicitly runs or raises; it never falls back to another.
 
     Raises:
@@ -136,6 +138,9 @@ def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> 
         for name in _PREFERENCE.get(device.type, ()):
             if implementation(name).unavailable(device.type, dtype) is None:
                 return name
+            reason = implementation(name).unavailable(device.type)
+            if reason is not None and device.type == "cuda":
+                warnings.warn(f"backend {name!r} cannot run on {device.type}, using another: {reason}", stacklevel=2)
         return "reference"
     if requested not in BACKENDS:
         raise ValueError(f"backend: expected 'auto' or one of {BACKENDS}, got {requested!r}")

@@ -1,0 +1,208 @@
+"""Sweep the Triton kernels' configurations and forms on this GPU, and write the fastest where later runs read them."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .. import triton as backend
+from ..layout import SubspaceLayout
+from ..triton import tuning
+
+# Kernel to the operator and form that run it.
+_RUNS = {
+    "linear_fwd": ("forward", "fused"),
+    "project": ("forward", "two_launch"),
+    "linear_from_s": ("forward", "two_launch"),
+    "delta_fwd": ("forward", "epilogue"),
+    "delta_bwd": ("backward", "epilogue"),
+    "token_product": ("backward", "epilogue"),
+    "linear_dx": ("backward", "two_launch"),
+}
+_FORMS = {"forward": tuning.FORWARD_FORMS, "backward": tuning.BACKWARD_FORMS}
+# Shape class to (M, D, N) of the member that stands for it, on a GPU and in a dry run on the CPU.
+_SHAPES = {
+    "cuda": {
+        "decode": (8, 4096, 4096),
+        "small-narrow": (256, 768, 768),
+        "small-wide": (256, 4096, 4096),
+        "large-narrow": (4096, 1024, 1024),
+        "large-wide": (8192, 4096, 4096),
+    },
+    "cpu": {"decode": (3, 64, 64), "small-narrow": (20, 64, 64)},
+}
+_R, _RANKS = 100, (3,) * 10
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `tune`."""
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: dry run in the interpreter")
+    parser.add_argument("--dtype", nargs="+", choices=("bfloat16", "float16", "float32"), default=["bfloat16"])
+    parser.add_argument("--shape", nargs="+", choices=tuple(_SHAPES["cuda"]), help="shape classes; default all")
+    parser.add_argument("--seconds", type=float, default=300, help="stop starting new measurements after this long")
+    parser.add_argument("--out", type=Path, help=f"file to write; default {tuning.user_file()}")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Sweep and write; the status is 1 where the backend cannot run at all."""
+    out = args.out or tuning.user_file()
+    deadline = time.monotonic() + args.seconds
+    for dtype in (getattr(torch, name) for name in args.dtype):
+        reason = backend.unavailable(args.device, dtype)
+        if reason is not None:
+            print(f"triton cannot run {dtype} on {args.device}: {reason}")
+            return 1
+        for shape, size in _SHAPES[args.device].items():
+            if args.shape is None or shape in args.shape:
+                configs, forms = _sweep(shape, size, dtype, torch.device(args.device), deadline)
+                tuning.save(out, configs, forms)
+    print(f"wrote {out}")
+    return 0
+
+
+def candidates(kernel: str, dtype: torch.dtype, shape: str, device_type: str) -> Iterator[tuning.Config]:
+    """Yield the configurations worth trying for a kernel, besides the one that runs without tuning."""
+    if device_type == "cpu":
+        yield tuning.Config(16, 16, 16, split=0, num_stages=2)
+        return
+    products = kernel in ("linear_fwd", "linear_from_s", "linear_dx")
+    rows: tuple[int, ...] = (64, 128) if products else (32, 64, 128)
+    # The kernels beside the products have no column tile, or no reduction loop, of their own.
+    cols: tuple[int, ...] = (16,) if kernel == "project" else (32, 64, 128)
+    depths: tuple[int, ...] = (32, 64) if products or kernel == "project" else (16,)
+    splits: tuple[int, ...] = (1,) if products or kernel == "delta_fwd" else (0, 1, 8)
+    if shape == "decode":
+        rows, depths, splits = (16,), tuple(4 * d for d in depths), (0, 1, 2, 4)
+    elif products:
+        cols = (64, 128) if dtype == torch.float32 else (128, 256)
+    for r, c, d, split, warps, stages in itertools.product(rows, cols, depths, splits, (4, 8), (2, 3, 4)):
+        if warps == 8 or r * c <= 128 * 128:
+            yield tuning.Config(r, c, d, split=split, num_warps=warps, num_stages=stages)
+
+
+def _sweep(
+    shape: str, size: tuple[int, int, int], dtype: torch.dtype, device: torch.device, deadline: float
+) -> tuple[dict[tuning.Key, tuning.Config], dict[tuning.Key, str]]:
+    """Return the fastest configuration of each kernel, and with those the fastest form of each operator."""
+    arch = tuning.arch_of(device)
+    operators = _operators(size, dtype, device)
+    configs: dict[tuning.Key, tuning.Config] = {}
+    forms: dict[tuning.Key, str] = {}
+    for kernel, (operator, form) in _RUNS.items():
+        key = tuning.key(kernel, dtype, arch, shape)
+        tuning.use({}, {tuning.key(operator, dtype, arch, shape): form})
+        times: dict[tuning.Config, float] = {}
+        for config in (tuning.config(kernel, dtype, arch, shape), *candidates(kernel, dtype, shape, device.type)):
+            if times and time.monotonic() > deadline:
+                break
+            tuning.use({key: config}, {})
+            seconds = _measure(*operators[operator])
+            if seconds is not None:
+                times[config] = seconds
+        if times:
+            configs[key] = min(times, key=times.__getitem__)
+            tuning.use({key: configs[key]}, {})
+            print(f"{'/'.join(key)}: {times[configs[key]] * 1e6:.1f} us of {len(times)} measured, {configs[key]}")
+    for operator, choices in _FORMS.items():
+        key = tuning.key(operator, dtype, arch, shape)
+        seconds_of: dict[str, float] = {}
+        for form in choices:
+            tuning.use({}, {key: form})
+            seconds = _measure(*operators[operator])
+            if seconds is not None:
+                seconds_of[form] = seconds
+        if seconds_of:
+            forms[key] = min(seconds_of, key=seconds_of.__getitem__)
+            tuning.use({}, {key: forms[key]})
+            print(
+                f"{'/'.join(key)}: {forms[key]} of " + ", ".join(f"{k} {v * 1e6:.1f} us" for k, v in seconds_of.items())
+            )
+    return configs, forms
+
+
+def _operators(
+    size: tuple[int, int, int], dtype: torch.dtype, device: torch.device
+) -> dict[str, tuple[Callable[[], tuple[Tensor, ...]], list[Tensor], list[float]]]:
+    """Return forward and backward over random operands, their exact results and the errors that each may have."""
+    M, D, N = size
+    g = torch.Generator(device).manual_seed(0)
+
+    def randn(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=g, device=device).to(dtype)
+
+    K = len(_RANKS)
+    layout = SubspaceLayout((torch.arange(N, device=device) % K).to(torch.int32), _RANKS)
+    x, weight, bias, basis, a = randn(M, D), randn(N, D) / D**0.5, randn(N), randn(_R, D) / D**0.5, randn(_R)
+    B, C = randn(layout.rho, _R, dtype=torch.float32) / _R**0.5, randn(N, layout.r_max, dtype=torch.float32)
+    # Tokens one by one are inference, where nothing is kept; otherwise what `save_for_backward="auto"` keeps.
+    keep_S, keep_P = M > 16, 16 * _R <= N and M > 16
+    rows = (layout.row_subspace, layout.offsets)
+    ones = torch.ones(K, dtype=torch.bool, device=device)
+    operands = (x, weight, bias, basis, a, B, C, *rows, ones)
+    forward = (*operands, keep_S, keep_P)
+    _, S, P = reference.forward(*operands, True, keep_P)
+    kept = (None, S, P) if keep_P else (x, S, None)
+    backward = (randn(M, N), *kept, weight, basis, a, B, C, *rows, ones, ones, [True, False, False, True, True])
+    return {name: _gated(name, args) for name, args in (("forward", forward), ("backward", backward))}
+
+
+def _gated(name: str, args: tuple[Any, ...]) -> tuple[Callable[[], tuple[Tensor, ...]], list[Tensor], list[float]]:
+    """Return a call of the operator, its results in float64, and twice the reference's errors plus one rounding."""
+    exact_args = (t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in args)
+    exact = list(getattr(reference, name)(*exact_args))
+    plain = getattr(reference, name)(*args)
+    unit = torch.finfo(args[0].dtype).eps / 2
+    allowed = [2 * _error(got, want) + unit for got, want in zip(plain, exact, strict=True)]
+    return lambda: getattr(backend, name)(*args), exact, allowed
+
+
+def _error(got: Tensor, exact: Tensor) -> float:
+    return float((got - exact).norm() / exact.norm()) if exact.numel() else 0.0
+
+
+def _measure(call: Callable[[], tuple[Tensor, ...]], exact: list[Tensor], allowed: list[float]) -> float | None:
+    """Return the seconds of one call, or None where it does not compile, does not fit, or is wrong."""
+    try:
+        results = call()
+        if any(not _error(got, want) <= limit for got, want, limit in zip(results, exact, allowed, strict=True)):
+            return None
+        return _graph_seconds(call) if results[0].is_cuda else _wall_seconds(call)
+    except Exception as error:  # out of registers, of shared memory, or a compiler that gives up
+        print(f"  skipped: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        return None
+
+
+def _wall_seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _graph_seconds(call: Callable[[], object], repeats: int = 20) -> float:
+    """Return the median GPU time of a call inside a CUDA graph, where launches cost no Python."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            call()
+    times = []
+    for _ in range(5):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3 / repeats)
+    return statistics.median(times)

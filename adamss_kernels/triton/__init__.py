@@ -1,0 +1,250 @@
+"""The Triton backend: every product beside the base GEMM fused into it, or into one pass beside it.
+
+Runs on CUDA and ROCm tensors, and on CPU tensors under Triton's interpreter (TRITON_INTERPRET=1, slow, for tests).
+Triton itself is imported on first use.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import os
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from . import tuning
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def unavailable(device_type: str | None = None, dtype: torch.dtype | None = None) -> str | None:
+    """Return why this backend cannot run `dtype` on `device_type`, or on this machine at all, or None if it can.
+
+    The first answer for a GPU compiles and runs a small kernel, so that a Triton that is installed but does not work
+    is found here and not in the middle of a model.
+    """
+    if dtype is not None and dtype not in _DTYPES:
+        return f"it computes {', '.join(str(t).removeprefix('torch.') for t in _DTYPES)}"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device_type is None:
+        device_type = "cpu" if interpreted else "cuda"
+    if device_type == "cpu":
+        if not interpreted:
+            return "on the CPU it runs only under TRITON_INTERPRET=1"
+        if dtype == torch.bfloat16:
+            return "Triton's interpreter multiplies bfloat16 wrongly"
+        return _import_error()
+    if device_type != "cuda":
+        return f"it has no kernels for {device_type}"
+    if interpreted:
+        return "TRITON_INTERPRET=1 is set, which is for CPU tensors"
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    return _import_error() or _launch_error()
+
+
+@functools.cache
+def _import_error() -> str | None:
+    try:
+        _launchers()
+    except Exception as error:  # a broken installation raises anything
+        return f"cannot import triton: {error}"
+    return None
+
+
+@functools.cache
+def _launch_error() -> str | None:
+    try:
+        parts = torch.ones(2, 1, device="cuda")
+        _launchers().sum_parts(parts, parts.dtype)
+    except Exception as error:  # compilers and drivers raise anything
+        return f"cannot compile or launch a kernel: {error}"
+    return None
+
+
+def _launchers() -> ModuleType:
+    from . import launch
+
+    return launch
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    basis: Tensor,
+    basis_bias: Tensor | None,
+    B: Tensor,
+    C: Tensor,
+    row_subspace: Tensor,
+    offsets: Tensor,
+    active: Tensor | None,
+    keep_S: bool,
+    keep_P: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute y = x W^T + bias + S Ct with S = x Q^T + q; see `reference.forward` for shapes and dtypes."""
+    launch = _launchers()
+    if x.shape[0] == 0:
+        return _empty_forward(x, weight, basis, B, keep_S, keep_P)
+    with _current(x.device):
+        B, C, bias, active = _contiguous(B, C, bias, active)
+        arch = tuning.arch_of(x.device)
+        if keep_S or keep_P:
+            Q, q = launch.input_projection(basis, basis_bias, B, offsets, active, x.dtype)
+        else:
+            Q, q = _frozen_projection(basis, basis_bias, B, offsets, active, x.dtype)
+        rows = (row_subspace, offsets, active)
+        form, config = _forward_plan(x, weight, basis, B, keep_P, arch)
+        if form == "fused":
+            y, S, P = launch.linear_fwd(
+                x, weight, bias, Q, q, basis, basis_bias, C, *rows, keep_S, keep_P, config, arch
+            )
+        else:
+            S, P = launch.project(x, Q, q, basis, basis_bias, keep_P, arch)
+            if form == "two_launch":
+                y = launch.linear_from_s(x, weight, bias, S, C, *rows, arch)
+            else:
+                y = torch.nn.functional.linear(x, weight, bias)
+                launch.delta_fwd(y, S, C, *rows, arch)
+    return y, S if keep_S else x.new_empty(0, dtype=torch.float32), x.new_empty(0) if P is None else P
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    S: Tensor | None,
+    P: Tensor | None,
+    weight: Tensor,
+    basis: Tensor,
+    basis_bias: Tensor | None,
+    B: Tensor,
+    C: Tensor,
+    row_subspace: Tensor,
+    offsets: Tensor,
+    active: Tensor | None,
+    trainable: Tensor | None,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute the gradients of `forward`; see `reference.backward` for formulas, shapes and dtypes."""
+    launch = _launchers()
+    need_dx, need_dweight, need_dbias, need_dB, need_dC = needs
+    dx, dweight, dbias, dB, dC = (dy.new_empty(0, dtype=t.dtype) for t in (dy, dy, dy, B, C))
+    M = dy.shape[0]
+    with _current(dy.device):
+        arch = tuning.arch_of(dy.device)
+        if M == 0:
+            dx = dy.new_empty(0, weight.shape[1]) if need_dx else dx
+            dB, dC = torch.zeros_like(B) if need_dB else dB, torch.zeros_like(C) if need_dC else dC
+        elif need_dx or need_dB or need_dC:
+            B, C, S, P, active, trainable = _contiguous(B, C, S, P, active, trainable)
+            need_dS = need_dx or need_dB
+            dS, dC_ = launch.delta_bwd(
+                dy, S, C, row_subspace, offsets, active, trainable, B.shape[0], need_dS, need_dC, arch
+            )
+            dC = dC_ if need_dC else dC
+            if need_dB:
+                dB = _grad_B(dS, x, P, basis, basis_bias, B, offsets, active, trainable, arch)
+            if need_dx:
+                Q, _ = launch.input_projection(basis, None, B, offsets, active, dy.dtype)
+                shape = tuning.shape_class(M, *weight.shape)
+                if tuning.backward_form(dy.dtype, arch, shape) == "two_launch":
+                    dx = launch.linear_dx(dy, weight, dS, Q, arch)
+                else:
+                    dx = torch.mm(dS.to(dy.dtype), Q).addmm_(dy, weight)
+        if need_dweight:
+            assert x is not None
+            dweight = dy.T @ x
+        if need_dbias:
+            dbias = dy.sum(0)
+    return dx, dweight, dbias, dB, dC
+
+
+def _grad_B(dS, x, P, basis, basis_bias, B, offsets, active, trainable, arch):  # type: ignore[no-untyped-def]
+    """Return dB = dS^T P, or dS^T [x | 1] [A | a]^T where x was kept and P was not."""
+    launch = _launchers()
+    if P is not None:
+        parts = launch.token_product(dS, P, False, arch)
+        return launch.sum_dB(parts, offsets, active, trainable, B.dtype)
+    assert x is not None
+    ones = basis_bias is not None
+    parts = launch.token_product(dS, x, ones, arch)
+    G, g = launch.sum_dB(parts, offsets, active, trainable, torch.float32).split([x.shape[1], int(ones)], 1)
+    dB = G @ basis.T.float()
+    if basis_bias is not None:
+        dB.addmm_(g, basis_bias.float().unsqueeze(0))
+    return dB.to(B.dtype)
+
+
+def _empty_forward(
+    x: Tensor, weight: Tensor, basis: Tensor, B: Tensor, keep_S: bool, keep_P: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    S = x.new_empty((0, B.shape[0]) if keep_S else 0, dtype=torch.float32)
+    return x.new_empty(0, weight.shape[0]), S, x.new_empty((0, basis.shape[0]) if keep_P else 0)
+
+
+def _forward_plan(
+    x: Tensor, weight: Tensor, basis: Tensor, B: Tensor, keep_P: bool, arch: str
+) -> tuple[str, tuning.Config]:
+    """Return the form that runs and the configuration of the one-pass kernel, which decides whether that one can."""
+    (M, D), N = x.shape, weight.shape[0]
+    shape = tuning.shape_class(M, D, N)
+    form = tuning.forward_form(x.dtype, arch, shape)
+    config = tuning.config("linear_fwd", x.dtype, arch, shape)
+    # The one-pass kernel holds y, all of S and a slice of P in registers.
+    too_wide = B.shape[0] > tuning.MAX_FUSED_RHO or (
+        keep_P and _launchers().slice_width(basis.shape[0], N, config) > tuning.MAX_FUSED_SLICE
+    )
+    return ("two_launch" if form == "fused" and too_wide else form), config
+
+
+class _Projection(NamedTuple):
+    state: tuple[object, ...]
+    frozen: tuple[Tensor | None, ...]
+    Q: Tensor
+    q: Tensor | None
+
+
+_projections: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _frozen_projection(
+    basis: Tensor, basis_bias: Tensor | None, B: Tensor, offsets: Tensor, active: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """Return Q and q, computed once for every version of a frozen B, its basis and its mask.
+
+    B counts as frozen when it does not require gradients. A changed version is written over the old Q, so the address
+    that a CUDA graph recorded stays valid; a graph that replays across such a change reads the new Q only after some
+    call outside a graph has computed it.
+    """
+    project = _launchers().input_projection
+    frozen = (basis, basis_bias, active)
+    if B.requires_grad or any(t is not None and t.is_inference() for t in (B, *frozen)):
+        return project(basis, basis_bias, B, offsets, active, dtype)
+    # `module.to` puts other data into the same tensor; only writing in place counts versions.
+    state = (dtype, B.data_ptr(), B._version, *(None if t is None else (t.data_ptr(), t._version) for t in frozen))
+    held = _projections.get(B)
+    if held is not None and held.state == state and all(map(operator.is_, held.frozen, frozen)):
+        return held.Q, held.q
+    with torch.inference_mode(False):  # or the next version could not be written over it
+        Q, q = project(basis, basis_bias, B, offsets, active, dtype)
+    if B.is_cuda and torch.cuda.is_current_stream_capturing():
+        # Memory of the graph's pool holds a value only once the graph has run.
+        return Q, q
+    if held is not None and (held.Q.dtype, held.Q.device, held.q is None) == (dtype, B.device, q is None):
+        Q, q = held.Q.copy_(Q), None if q is None else held.q.copy_(q)
+    _projections[B] = _Projection(state, frozen, Q, q)
+    return Q, q
+
+
+def _contiguous(*tensors):  # type: ignore[no-untyped-def]
+    """Return the tensors, laid out as the kernels read what has no strides among their arguments."""
+    return (tensor if tensor is None else tensor.contiguous() for tensor in tensors)
+
+
+def _current(device: torch.device) -> torch.cuda.device:
+    """Make `device` the one that Triton launches on; a no-op for CPU tensors."""
+    return torch.cuda.device(device if device.type == "cuda" else -1)

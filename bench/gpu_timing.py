@@ -1,0 +1,128 @@
+"""Timing on a GPU, and a record of what was timed where; shared by the stages of bench/gpu.py."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Dense bf16 FLOP/s and bytes/s that a large product, and a large copy, were seen to reach; not the data sheet's.
+PEAKS = {"NVIDIA H200": (790e12, 4.3e12)}
+
+
+def peaks(device: torch.device) -> tuple[float, float] | None:
+    """Return the FLOP/s and bytes/s that bound this GPU, or None where nobody has measured them."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for known, peak in PEAKS.items() if name.startswith(known)), None)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Return GPU, driver, versions and commit, as JSON-serialisable values."""
+    root = Path(__file__).parents[1]
+    record: dict[str, Any] = {
+        "commit": _said("git", "-C", str(root), "rev-parse", "HEAD"),
+        "dirty": bool(_said("git", "-C", str(root), "status", "--porcelain")),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "device": device.type,
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    for name in ("triton", "peft", "transformers"):
+        try:
+            record[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            record[name] = None
+    if device.type == "cuda":
+        record |= {
+            "gpu": torch.cuda.get_device_name(device),
+            "cuda": torch.version.cuda or f"hip {torch.version.hip}",
+            "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+            "clocks": _said("nvidia-smi", "--query-gpu=clocks.sm,clocks.max.sm", "--format=csv,noheader"),
+        }
+    return record
+
+
+def _said(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], object]], device: torch.device, rounds: int, graph: bool = False
+) -> dict[str, float | str]:
+    """Return the median seconds of each call, taken in turns; a call that fails is answered by its error.
+
+    Eager, a time is that of back-to-back calls, Python included. With `graph` it is the GPU's, of one replay of a CUDA
+    graph, after the L2 cache has been overwritten.
+    """
+    results: dict[str, float | str] = {}
+    timers = {}
+    for name, call in calls.items():
+        try:
+            timers[name] = _timer(call, device, graph)
+        except Exception as error:  # whatever another library cannot do
+            results[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    times: dict[str, list[float]] = {name: [] for name in timers}
+    for _ in range(rounds):
+        for name, timer in timers.items():
+            times[name].append(timer())
+    return results | {name: statistics.median(values) for name, values in times.items()}
+
+
+def _timer(call: Callable[[], object], device: torch.device, graph: bool) -> Callable[[], float]:
+    """Warm up, and return what takes one time."""
+    if device.type != "cuda":
+        call()
+        return lambda: _wall(call)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    if not graph:
+        return lambda: _events(lambda: [call() for _ in range(10)]) / 10
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        call()
+    scratch = torch.empty(256 << 20, dtype=torch.uint8, device=device)
+    return lambda: _events(captured.replay, before=scratch.zero_)
+
+
+def _wall(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _events(call: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    before()
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """Return rows as a Markdown table; the columns are those of the first row that has them."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for row in rows:
+        cells = (row.get(column, "") for column in columns)
+        lines.append("| " + " | ".join(f"{c:.3g}" if isinstance(c, float) else str(c) for c in cells) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,283 @@
+"""Compile every Triton kernel for GPUs that are not here, and tabulate registers, spills and shared memory.
+
+Usage: python bench/triton_compile.py [--arch sm_90 ...] [--dtype bfloat16 ...] [--out docs/triton-registers.md]
+
+The operators run on fake CUDA tensors with the launches recorded instead of made, so what is compiled is what would be
+launched: the same kernels, argument types, divisibility and configurations. Exit status 1 if a kernel spills, needs
+more shared memory than its GPU has, or multiplies without tensor cores (on sm_90: without wgmma, or not overlapped).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import adamss_kernels.triton as backend
+from adamss_kernels.triton import tuning
+
+ARCHS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+PRODUCTS = ("_linear_fwd_kernel", "_linear_from_s_kernel", "_linear_dx_kernel")
+SHAPES = {  # (M, D, N) of a member of each shape class
+    "odd": (1001, 771, 773),
+    "decode": (16, 4096, 4096),
+    "small-narrow": (256, 768, 768),
+    "small-wide": (256, 4096, 4096),
+    "large-narrow": (4096, 768, 768),
+    "large-wide": (4096, 4096, 4096),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """One compilation: what Triton's JIT would key its cache on."""
+
+    kernel: Any
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[str, ...]
+    num_warps: int
+    num_stages: int
+
+    @property
+    def tile(self) -> str:
+        """The block sizes, as in the kernel's parameters."""
+        return " ".join(f"{k.removeprefix('BLOCK_')}={v}" for k, v in self.constants if k.startswith("BLOCK_"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What ptxas, or the AMD backend, says about one unit."""
+
+    unit: Unit
+    registers: int
+    spilled: int
+    shared: int
+    tensor_core: str
+    serialised: bool
+
+
+def record(arch: str, run: Callable[[], object]) -> list[Unit]:
+    """Return the distinct launches that `run` makes on fake CUDA tensors, as if the GPU were an `arch`."""
+    units: dict[Unit, None] = {}
+
+    def launch(kernel, grid, config, *args, **constants):  # type: ignore[no-untyped-def]
+        assert all(0 < size < 2**31 for size in grid[:1]) and all(0 < size < 65536 for size in grid[1:]), grid
+        units[_unit(kernel, config, args, constants)] = None
+
+    with (
+        mock.patch.object(backend._launchers(), "launch", launch),
+        mock.patch.object(backend, "_current", lambda device: contextlib.nullcontext()),
+        mock.patch.object(tuning, "arch_of", lambda device: arch),
+    ):
+        run()
+    return list(units)
+
+
+def _unit(kernel: Any, config: tuning.Config, args: tuple[Any, ...], constants: dict[str, Any]) -> Unit:
+    """Specialise as Triton's JIT does: None and 1 become constants, multiples of 16 are marked."""
+    signature, fixed, divisible = [], list(constants.items()), []
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.bool: "i1"}
+    for param, value in zip(kernel.params, args, strict=False):
+        specialised = not param.do_not_specialize
+        if value is None or (isinstance(value, int) and value == 1 and specialised):
+            signature.append((param.name, "constexpr"))
+            fixed.append((param.name, value))
+        elif isinstance(value, torch.Tensor):
+            signature.append((param.name, f"*{names[value.dtype]}"))
+            divisible.append(param.name)
+        else:
+            signature.append((param.name, "i32" if value < 2**31 else "i64"))
+            if value % 16 == 0 and specialised:
+                divisible.append(param.name)
+    signature += [(name, "constexpr") for name in constants]
+    return Unit(kernel, tuple(signature), tuple(fixed), tuple(divisible), config.num_warps, config.num_stages)
+
+
+def compile_unit(unit: Unit, arch: str) -> Compiled:
+    """Compile for `arch` and read registers, spilled bytes, shared bytes and the tensor-core instruction."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = [name for name, _ in unit.signature]
+    source = ASTSource(
+        fn=unit.kernel,
+        signature=dict(unit.signature),
+        constexprs={(names.index(name),): value for name, value in unit.constants},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in unit.divisible},
+    )
+    options = {"num_warps": unit.num_warps, "num_stages": unit.num_stages, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget(*ARCHS[arch]), options=options)
+    if arch.startswith("gfx"):
+        text = compiled.asm["amdgcn"]
+        registers, spilled = (
+            int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count")
+        )
+        return Compiled(unit, registers, 4 * spilled, compiled.metadata.shared, _first(text, r"v_mfma_\w+"), False)
+    said = _ptxas(compiled.asm["ptx"], int(arch.removeprefix("sm_")))
+    registers = int(re.search(r"Used (\d+) registers", said)[1])
+    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", said))
+    instruction = _first(compiled.asm["ptx"], r"wgmma\.mma_async|tcgen05\.mma|mma\.sync")
+    return Compiled(unit, registers, spilled, compiled.metadata.shared, instruction, "serialized" in said)
+
+
+def _ptxas(ptx: str, capability: int) -> str:
+    """Return what ptxas -v says."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    target = re.search(r"\.target (\w+)", ptx)[1]
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch, "kernel.ptx")
+        path.write_text(ptx)
+        command = [
+            get_ptxas(capability).path,
+            "-v",
+            f"--gpu-name={target}",
+            str(path),
+            "-o",
+            str(path.with_suffix(".o")),
+        ]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+def _first(text: str, pattern: str) -> str:
+    found = re.search(pattern, text)
+    return found[0] if found else ""
+
+
+def operators(dtype: torch.dtype, M: int, D: int, N: int, R: int, K: int, rank: int) -> Iterator[Callable[[], object]]:
+    """Yield calls that reach every kernel: each forward and backward form, with P kept, x kept and neither."""
+    with FakeTensorMode():
+        B = torch.empty(K * rank, R, device="cuda", requires_grad=True)
+        C = torch.empty(N, rank, device="cuda")
+        operands = [torch.empty(shape, dtype=dtype, device="cuda") for shape in ((M, D), (N, D), (N,), (R, D), (R,))]
+        rows, offsets = (torch.empty(n, dtype=torch.int32, device="cuda") for n in (N, K + 1))
+        active, trainable = (torch.empty(K, dtype=torch.bool, device="cuda") for _ in range(2))
+        x, weight, _, basis, basis_bias = operands
+        dy = torch.empty(M, N, dtype=dtype, device="cuda")
+        for form, (keep_S, keep_P) in itertools.product(
+            tuning.FORWARD_FORMS, ((False, False), (True, True), (True, False))
+        ):
+
+            def forward(form=form, keep_S=keep_S, keep_P=keep_P):  # type: ignore[no-untyped-def]
+                with mock.patch.object(tuning, "forward_form", lambda *key: form):
+                    return backend.forward(*operands, B, C, rows, offsets, active, keep_S, keep_P)
+
+            yield forward
+        S, P = torch.empty(M, K * rank, device="cuda"), torch.empty(M, R, dtype=dtype, device="cuda")
+        for form, kept in itertools.product(tuning.BACKWARD_FORMS, ((None, P), (x, None))):
+
+            def backward(form=form, kept=kept):  # type: ignore[no-untyped-def]
+                frozen = (weight, basis, basis_bias, B, C, rows, offsets, active, trainable)
+                with mock.patch.object(tuning, "backward_form", lambda *key: form):
+                    return backend.backward(dy, kept[0], S, kept[1], *frozen, [True, False, False, True, True])
+
+            yield backward
+
+
+def units_for(arch: str, dtype: torch.dtype, shapes: dict[str, tuple[int, int, int]], rank: int = 3) -> list[Unit]:
+    """Return the distinct units of the operators over `shapes`, for K = 10 subspaces over a basis of rank 100."""
+    found: dict[Unit, None] = {}
+    for M, D, N in shapes.values():
+        for call in operators(dtype, M, D, N, R=100, K=10, rank=rank):
+            found |= dict.fromkeys(record(arch, call))
+    return list(found)
+
+
+def faults(compiled: Compiled, arch: str) -> list[str]:
+    """Return what is wrong with a compilation, in words."""
+    name, said = compiled.unit.kernel.__name__, []
+    if compiled.spilled:
+        said.append(f"{name} on {arch} ({compiled.unit.tile}) spills {compiled.spilled} bytes")
+    if compiled.shared > SHARED_LIMIT[arch]:
+        said.append(f"{name} on {arch} ({compiled.unit.tile}) needs {compiled.shared} bytes of shared memory")
+    if compiled.serialised:
+        said.append(f"{name} on {arch} ({compiled.unit.tile}) runs its wgmma one after the other")
+    constants, signature = dict(compiled.unit.constants), dict(compiled.unit.signature)
+    fma = constants.get("PRECISION") == "ieee" and "*fp32" in (signature.get("x_ptr"), signature.get("dy_ptr"))
+    # A warp group works on 64 rows at least: below that mma.sync is what there is.
+    expected = (
+        "wgmma" if arch == "sm_90" and constants.get("BLOCK_M", 0) >= 64 else "mfma" if arch == "gfx942" else "mma"
+    )
+    if name in PRODUCTS and not fma and expected not in compiled.tensor_core:
+        said.append(f"{name} on {arch} ({compiled.unit.tile}) runs without {expected}")
+    return said
+
+
+def table(results: dict[str, list[tuple[str, Compiled]]]) -> str:
+    """Return docs/triton-registers.md."""
+    import triton
+
+    lines = [
+        "# Registers and shared memory of the Triton kernels",
+        "",
+        f"Written by `python bench/triton_compile.py` with Triton {triton.__version__}, without a GPU: what the",
+        "compiler says, for K = 10 and R = 100. A spill count other than 0 is an error. None of this measures speed.",
+        "",
+    ]
+    for arch, rows in results.items():
+        lines += [f"## {arch}", "", "| kernel | dtype | tile | warps | stages | registers | spilled | shared | unit |"]
+        lines += ["|---|---|---|---:|---:|---:|---:|---:|---|"]
+        for dtype, c in sorted(rows, key=lambda row: (row[1].unit.kernel.__name__, row[0], row[1].unit.tile)):
+            unit = c.unit
+            lines.append(
+                f"| `{unit.kernel.__name__}` | {dtype} | {unit.tile} | {unit.num_warps} | {unit.num_stages} "
+                f"| {c.registers} | {c.spilled} | {c.shared} | {c.tensor_core} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compile, print what is wrong, and write the table where `--out` says so."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", nargs="+", choices=ARCHS, default=list(ARCHS))
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--out", type=Path, help="file for the table; it is printed otherwise")
+    options = parser.parse_args(argv)
+    shapes = {name: SHAPES[name] for name in options.shape}
+    results: dict[str, list[tuple[str, Compiled]]] = {}
+    wrong: list[str] = []
+    for arch, dtype in itertools.product(options.arch, options.dtype):
+        for precision in ("ieee", "tf32") if dtype == "float32" else ("ieee",):
+            with mock.patch.object(backend._launchers(), "precision", lambda dtype, precision=precision: precision):
+                units = units_for(arch, DTYPES[dtype], shapes)
+            for unit in units:
+                compiled = compile_unit(unit, arch)
+                label = "tf32" if precision == "tf32" else dtype
+                row = (label, compiled)
+                results.setdefault(arch, []).append(row)
+                wrong += faults(compiled, arch)
+                print(f"{arch} {label} {unit.kernel.__name__}: {compiled.registers} registers", file=sys.stderr)
+    print("\n".join(wrong), file=sys.stderr)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(table(results))
+    else:
+        print(table(results))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""The Triton backend where it cannot run: why not, what happens instead, and how its tables are chosen and overridden.
+
+What it computes is tested in `triton_interpreter.py`, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import adamss_kernels.triton as backend
+from adamss_kernels import available_backends, ops, reference
+from adamss_kernels.triton import tuning
+
+ARCHS = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942", "gfx90a", "interpreter", "unheard-of")
+
+
+@pytest.fixture
+def user_tables(tmp_path, monkeypatch):
+    """An empty user configuration directory; tables are read anew before and after."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.delenv("ADAMSS_TUNING", raising=False)
+    tuning.reload()
+    yield tmp_path / "adamss_kernels" / "tuning.json"
+    tuning.reload()
+
+
+@pytest.mark.timeout(600)
+def test_under_the_interpreter():
+    suite = Path(__file__).with_name("triton_interpreter.py")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", str(suite), "-p", "no:cacheprovider"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_nothing_imports_triton_before_a_kernel_runs():
+    code = (
+        "import sys, adamss_kernels, adamss_kernels.triton; "
+        "adamss_kernels.available_backends(); assert 'triton' not in sys.modules"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", code], env=environment | {"CUDA_VISIBLE_DEVICES": ""}, check=True)
+
+
+def test_says_why_it_cannot_run():
+    assert "TRITON_INTERPRET=1" in backend.unavailable("cpu")
+    assert "float16, bfloat16, float32" in backend.unavailable("cuda", torch.float64)
+    assert "mps" in backend.unavailable("mps")
+    if not torch.cuda.is_available():
+        assert available_backends()["triton"] == "no CUDA device"
+    with pytest.raises(RuntimeError, match=r"'triton' cannot run torch\.float32 on cpu"):
+        ops.choose_backend("triton", torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """A GPU on which Triton seems to work; what is chosen there is forgotten afterwards."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backend, "_import_error", lambda: None)
+    monkeypatch.setattr(backend, "_launch_error", lambda: None)
+    ops._kernels.cache_clear()
+    yield
+    ops._kernels.cache_clear()
+
+
+def test_auto_prefers_triton_on_a_gpu(pretended_gpu):
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        assert ops._kernels("auto", "cuda", dtype) == (backend.forward, backend.backward)
+
+
+@pytest.mark.parametrize("fault", ["_import_error", "_launch_error"])
+def test_auto_falls_back_with_one_warning(fault, pretended_gpu, monkeypatch):
+    monkeypatch.setattr(backend, fault, lambda: "it is broken")
+    with pytest.warns(UserWarning, match=r"triton.*it is broken"):
+        assert ops._kernels("auto", "cuda", torch.bfloat16) == (reference.forward, reference.backward)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ops._kernels("auto", "cuda", torch.bfloat16)
+    with pytest.raises(RuntimeError, match="it is broken"):
+        ops.choose_backend("triton", torch.device("cuda"), torch.bfloat16)
+
+
+def test_float64_on_a_gpu_takes_the_reference_without_a_warning(pretended_gpu):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ops.choose_backend("auto", torch.device("cuda"), torch.float64) == "reference"
+
+
+def test_broken_installations_are_found_before_use(monkeypatch):
+    def broken():
+        raise ImportError("libtriton is missing")
+
+    monkeypatch.setattr(backend, "_launchers", broken)
+    backend._import_error.cache_clear()
+    assert "libtriton is missing" in backend._import_error()
+    backend._import_error.cache_clear()
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_tables_always_answer(arch, user_tables):
+    for shape in tuning.SHAPES:
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            assert tuning.forward_form(dtype, arch, shape) in tuning.FORWARD_FORMS
+            assert tuning.backward_form(dtype, arch, shape) in tuning.BACKWARD_FORMS
+            for kernel in tuning.KERNELS:
+                assert isinstance(tuning.config(kernel, dtype, arch, shape), tuning.Config)
+
+
+def test_shipped_tables_name_what_exists():
+    for kernel, dtype, arch, shape in tuning.CONFIGS:
+        assert kernel in tuning.KERNELS
+        assert dtype in ("16", "32")
+        assert arch in ARCHS
+        assert shape in tuning.SHAPES
+
+
+@pytest.mark.parametrize(
+    ("M", "D", "N", "expected"),
+    [(0, 64, 64, "decode"), (16, 9984, 64, "decode"), (17, 1536, 4096, "small-narrow"), (512, 1600, 64, "small-wide"),
+     (513, 768, 768, "large-narrow"), (1 << 20, 4096, 64, "large-wide"), (1, 80, 64, "odd"), (999, 768, 10, "odd")],
+)  # fmt: skip
+def test_shape_classes(M, D, N, expected):
+    assert tuning.shape_class(M, D, N) == expected
+
+
+def test_filling_the_gpu_stays_within_the_work():
+    assert tuning.fill("sm_90", 1, 5) == 5
+    assert tuning.fill("sm_90", 10**6, 5) == 1
+    assert tuning.fill("sm_90", 66, 64) == 4
+    assert tuning.fill("unheard-of", 0, 3) == 3
+
+
+def test_user_file_and_environment_override_in_this_order(user_tables, tmp_path, monkeypatch):
+    key = ("linear_fwd", "16", "sm_90", "decode")
+    form = ("forward", "16", "sm_90", "decode")
+
+    def chosen():
+        tuning.reload()
+        return tuning.config(key[0], torch.bfloat16, *key[2:]).cols, tuning.forward_form(torch.float16, *form[2:])
+
+    shipped = chosen()
+    tuning.save(user_tables, {key: tuning.Config(16, 512)}, {form: "epilogue"})
+    assert chosen() == (512, "epilogue")
+    named = tmp_path / "named.json"
+    tuning.save(named, {key: tuning.Config(16, 32)}, {})
+    monkeypatch.setenv("ADAMSS_TUNING", str(named))
+    assert chosen() == (32, "epilogue")
+    monkeypatch.delenv("ADAMSS_TUNING")
+    # Saving again keeps what is not measured anew.
+    tuning.save(user_tables, {}, {form: "two_launch"})
+    assert chosen() == (512, "two_launch")
+    user_tables.unlink()
+    assert chosen() == shipped
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "Expecting"),
+        ("[]", "configs"),
+        ({"configs": {}}, "forms"),
+        ({"configs": {"nonsense/16/sm_90/decode": {}}, "forms": {}}, "nonsense"),
+        ({"configs": {"linear_fwd/16/sm_90/decode": {"rows": 17, "cols": 16}}, "forms": {}}, "rows = 17"),
+        ({"configs": {"linear_fwd/16/sm_90/decode": {"rows": 16, "width": 16}}, "forms": {}}, "width"),
+        ({"configs": {}, "forms": {"forward/16/sm_90/decode": "magic"}}, "magic"),
+    ],
+)
+def test_bad_files_are_named(user_tables, content, message):
+    user_tables.parent.mkdir(parents=True)
+    user_tables.write_text(content if isinstance(content, str) else json.dumps(content))
+    tuning.reload()
+    with pytest.raises(ValueError, match=f"tuning.json.*{message}"):
+        tuning.config("linear_fwd", torch.float16, "sm_90", "decode")
+
+
+def test_a_file_that_is_asked_for_has_to_exist(user_tables, tmp_path, monkeypatch):
+    monkeypatch.setenv("ADAMSS_TUNING", str(tmp_path / "absent.json"))
+    tuning.reload()
+    with pytest.raises(ValueError, match=r"absent\.json"):
+        tuning.forward_form(torch.float16, "sm_90", "decode")

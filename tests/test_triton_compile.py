@@ -1,0 +1,118 @@
+"""The Triton kernels compile for GPUs that are not here, and their launchers do what the operators' fakes declare."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from adamss_kernels import SubspaceLayout, adamss_linear, ops
+
+pytest.importorskip("triton")
+_path = Path(__file__).parents[1] / "bench" / "triton_compile.py"
+_spec = importlib.util.spec_from_file_location("triton_compile", _path)
+triton_compile = importlib.util.module_from_spec(_spec)
+sys.modules["triton_compile"] = triton_compile
+_spec.loader.exec_module(triton_compile)
+
+
+def compile_all(arch, dtype, shapes, rank=3, kernels=None):
+    units = triton_compile.units_for(arch, dtype, shapes, rank)
+    units = [unit for unit in units if kernels is None or unit.kernel.__name__ in kernels]
+    assert units
+    wrong = [fault for unit in units for fault in triton_compile.faults(triton_compile.compile_unit(unit, arch), arch)]
+    assert not wrong
+
+
+# The whole table, every dtype and shape class, is `python bench/triton_compile.py`: minutes.
+@pytest.mark.parametrize("arch", triton_compile.ARCHS)
+def test_shipped_configurations_compile_without_spills(arch):
+    shapes = {name: triton_compile.SHAPES[name] for name in ("large-wide",)}
+    kernels = None if arch == "sm_90" else triton_compile.PRODUCTS
+    compile_all(arch, torch.bfloat16, shapes, kernels=kernels)
+
+
+def test_decode_compiles():
+    compile_all("sm_90", torch.float16, {"decode": triton_compile.SHAPES["decode"]}, kernels=("_linear_fwd_kernel",))
+
+
+def test_shapes_that_nothing_divides_compile():
+    compile_all("sm_90", torch.bfloat16, {"odd": (1001, 771, 773), "no whole step": (1001, 800, 784)}, rank=1)
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_float32_compiles(precision, monkeypatch):
+    monkeypatch.setattr(triton_compile.backend._launchers(), "precision", lambda dtype: precision)
+    shapes = {"large-narrow": triton_compile.SHAPES["large-narrow"]}
+    compile_all("sm_90", torch.float32, shapes, kernels=("_linear_fwd_kernel", "_delta_bwd_kernel", "_project_kernel"))
+
+
+def test_tf32_follows_torchs_setting():
+    precision = triton_compile.backend._launchers().precision
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for setting in ("tf32", "ieee"):
+            torch.backends.cuda.matmul.fp32_precision = setting
+            assert precision(torch.float32) == setting
+            assert precision(torch.bfloat16) == "ieee"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("M", [1, 4096])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_launchers_allocate_what_the_fakes_declare(M, dtype):
+    declared, made = [], []
+    names = {"forward": ops._linear_forward_fake, "backward": ops._linear_backward_fake}
+    with pytest.MonkeyPatch.context() as patch, FakeTensorMode():
+        for name, fake in names.items():
+            real = getattr(triton_compile.backend, name)
+
+            def both(*args, real=real, fake=fake):
+                made.append(real(*args))
+                declared.append(fake(*args, "triton"))
+                return made[-1]
+
+            patch.setattr(triton_compile.backend, name, both)
+        for call in triton_compile.operators(dtype, M, 768, 1024, R=100, K=10, rank=3):
+            triton_compile.record("sm_90", call)
+    assert len(made) == 9 + 4
+    for outputs, expected in zip(made, declared, strict=True):
+        for got, want in zip(outputs, expected, strict=True):
+            assert (got.shape, got.stride(), got.dtype, got.device) == (
+                want.shape,
+                want.stride(),
+                want.dtype,
+                want.device,
+            )
+
+
+def test_compiles_whole_on_fake_cuda_tensors():
+    # Without gradients: torch without CUDA has no autograd for CUDA tensors, fake ones included.
+    layout = SubspaceLayout(torch.tensor([0, 1, 0, 1, 0, 1], dtype=torch.int32), (2, 2))
+    graphs = []
+
+    def compiler(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    with FakeTensorMode():
+        rows, offsets = (torch.empty(n, dtype=torch.int32, device="cuda") for n in (6, 3))
+        layout = layout.with_tensors(rows, offsets)
+        weight, basis = (torch.empty(n, 8, device="cuda", dtype=torch.bfloat16) for n in (6, 3))
+        B, C = torch.empty(4, 3, device="cuda"), torch.empty(6, 2, device="cuda")
+
+        def function(x):
+            return adamss_linear(x, weight, None, basis, None, B, C, layout)
+
+        compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=aot_autograd(fw_compiler=compiler))
+        for shape in ((5, 8), (2, 9, 8)):
+            y = compiled(torch.empty(shape, device="cuda", dtype=torch.bfloat16))
+            assert (y.shape, y.dtype, y.device.type) == ((*shape[:-1], 6), torch.bfloat16, "cuda")
+    called = [node.target for graph in graphs for node in graph.graph.nodes]
+    assert called.count(torch.ops.adamss_kernels.linear_forward.default) == len(graphs)
