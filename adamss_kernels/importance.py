@@ -9,12 +9,14 @@ stacks of a device at once: they are parts of an `ImportanceBank`.
 from __future__ import annotations
 
 import functools
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from . import native
 from .linear import FusedAdaMSSLinear
 
 _CPU_BLOCK = 2**15
@@ -112,6 +114,7 @@ class RowStack:
         self.dtype = torch.promote_types(example.dtype, torch.float32)
         self._shape = (sum(self._rows), example.shape[1])
         self.num_elements = self._shape[0] * self._shape[1]
+        self._runs = _runs(self._rows, example.shape[1] if self.device.type == "cpu" else 0)
         self._touched: list[tuple[Member, Tensor]] = []
         self._touched_rows: list[int] = []
         self._frozen = torch.empty(0, 1, dtype=torch.bool, device=self.device)
@@ -128,7 +131,7 @@ class RowStack:
         Raises:
             RuntimeError: The parameters have been resharded since the stack was built.
         """
-        parameters = self._parameters()
+        parameters = self.parameters()
         grads = [parameter.grad for parameter in parameters]
         if any(grad is None for grad in grads):
             # A layer that this step did not use: its importance was zero.
@@ -150,7 +153,7 @@ class RowStack:
         """
         importance, uncertainty = (t if dtype is None else t.to(dtype) for t in (self.importance, self.uncertainty))
         rows = importance.mul(uncertainty).sum(1, dtype=torch.float64)
-        rows += self._stack(self._parameters(), self.scratch).sum(1, dtype=torch.float64) * 0.0
+        rows += self._stack(self.parameters(), self.scratch).sum(1, dtype=torch.float64) * 0.0
         total = torch.bincount(self._owner, weights=rows.cpu() * self._share, minlength=self._num_subspaces)
         return self.reduce(total.to(self.device)).cpu()
 
@@ -237,8 +240,8 @@ class RowStack:
                 raise ValueError(f"state_dict: {member.key!r}: expected shape {expected}, got {tuple(matrix.shape)}")
             part.copy_(self._local_rows(full_tensor(matrix)))
 
-    def _parameters(self) -> list[Tensor]:
-        # `member.parameter` without its cost: this runs for every layer in every step.
+    def parameters(self) -> list[Tensor]:
+        """Return `member.parameter` of every member, without its cost: this runs in every step."""
         return [parameters[which] for parameters, which in self._slots]  # type: ignore[misc]
 
     def _local(self, tensors: list[Tensor]) -> list[Tensor]:
@@ -258,12 +261,14 @@ class RowStack:
     def _stack(self, tensors: list[Tensor], out: Tensor) -> Tensor:
         """Put this rank's part of the members' `tensors` on top of each other into `out`."""
         local = self._local(tensors)
-        torch.cat(local, out=out)
-        if out.shape != self._shape:
+        # Sharding changes all members alike: the first one tells.
+        if local[0].shape[0] != self._rows[0]:
             raise RuntimeError(
-                f"SubspaceAllocator: expected parameter rows {self._shape} on this rank, as at first "
-                f"use, got {tuple(out.shape)}; shard the model before its first optimizer step"
+                f"SubspaceAllocator: expected {self._rows[0]} parameter rows on this rank, as at first use, got "
+                f"{local[0].shape[0]}; shard the model before its first optimizer step"
             )
+        for members, rows in self._runs:
+            torch.cat(local[members], out=out[rows])
         return out
 
 
@@ -284,9 +289,17 @@ class ImportanceBank:
         self._importance, self._uncertainty, self._measured, _ = buffers
         for stack, *parts in zip(stacks, *(buffer.split(sizes) for buffer in buffers), strict=True):
             stack.use_buffers(*parts)
-        in_blocks = self.device.type == "cpu" and sum(sizes) > 4 * _CPU_BLOCK
+        in_blocks = self.device.type == "cpu" and sum(sizes) > _CPU_BLOCK
         block = _CPU_BLOCK if in_blocks else max(1, sum(sizes))
         self._blocks = list(zip(*(buffer.split(block) for buffer in buffers), strict=True))
+        # The library takes plain contiguous matrices; anything else goes through PyTorch.
+        self._sizes = array("q", [p.numel() for stack in stacks for p in stack.parameters()])
+        self._is_native = native.unavailable(self.device.type, dtype) is None and all(
+            type(p) is nn.Parameter and p.dtype == dtype and p.is_contiguous()
+            for stack in stacks
+            for p in stack.parameters()
+        )
+        self._betas = betas
         # 0-dim tensors, so that the device can zero them for a step that does not count.
         self._weights = tuple(torch.tensor(1 - beta, dtype=dtype, device=self.device) for beta in betas)
 
@@ -296,6 +309,11 @@ class ImportanceBank:
         Returns:
             Its sum over this rank's elements, a 0-dim tensor: finite exactly when all of it is.
         """
+        if self._is_native:
+            weights = [weight for stack in self.stacks for weight in stack.parameters()]
+            total = native.measure_importance(weights, [w.grad for w in weights], self._sizes, self._measured)
+            if total is not None:
+                return torch.tensor(total, dtype=torch.float64)
         for stack in self.stacks:
             stack.gather()
         sums = [measured.mul_(grad).abs_().sum() for _, _, measured, grad in self._blocks]
@@ -314,6 +332,10 @@ class ImportanceBank:
             # With weight 0 a lerp changes nothing, not even rounding, provided that its end is finite.
             weight1, weight2 = weight1 * valid, weight2 * valid
             self._measured.nan_to_num_(0.0, 0.0, 0.0)
+        elif self._is_native:
+            beta1, beta2 = self._betas
+            native.accumulate_importance(self._measured, self._importance, self._uncertainty, 1 - beta1, 1 - beta2)
+            return
         for importance, uncertainty, measured, scratch in self._blocks:
             deviation = torch.sub(measured, importance, out=scratch).abs_()
             uncertainty.lerp_(deviation, weight2)
@@ -323,6 +345,22 @@ class ImportanceBank:
         """Restart both EMAs at zero."""
         self._importance.zero_()
         self._uncertainty.zero_()
+
+
+def _runs(rows: list[int], width: int) -> list[tuple[slice, slice]]:
+    """Cut members of `rows` rows into runs of under 2^15 elements: (members, their rows).
+
+    The CPU's `torch.cat` copies up to that many elements in one loop, and beyond slices and copies tensor by tensor,
+    which takes several times as long. A width of 0 asks for one run.
+    """
+    runs: list[tuple[slice, slice]] = []
+    first = start = at = 0
+    for member, count in enumerate(rows):
+        if member > first and (at + count - start) * width >= 1 << 15:
+            runs.append((slice(first, member), slice(start, at)))
+            first, start = member, at
+        at += count
+    return [*runs, (slice(first, len(rows)), slice(start, at))]
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

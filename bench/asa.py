@@ -11,18 +11,14 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import peft
 import torch
+from measure import add_output_argument, write
 from torch import nn
 
 from adamss_kernels import AdaMSSConfig, FusedAdaMSSLinear, SubspaceAllocator
@@ -152,34 +148,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def environment() -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    cpu = next(
-        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
-        platform.processor(),
-    )
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load average at start": os.getloadavg(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "peft": peft.__version__,
-        "commit": commit.stdout.strip() or None,
-        "command": " ".join([Path(sys.executable).name, *sys.argv]),
-    }
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=48)
@@ -189,15 +157,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="rows of x in the forward that is compared with")
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    add_output_argument(parser)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    result = {"environment": environment(), "options": {k: str(v) for k, v in vars(args).items()}}
-    result |= measure(args)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps({key: value for key, value in result.items() if key != "options"}, indent=2))
+    result = {"options": {k: str(v) for k, v in vars(args).items()}} | measure(args)
+    print(json.dumps(result, indent=2))
+    write(args.out, [result])
 
 
 if __name__ == "__main__":

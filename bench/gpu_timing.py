@@ -1,14 +1,10 @@
-"""Timing on a GPU, and a record of what was timed where; shared by the stages of bench/gpu.py."""
+"""Timing on a GPU, shared by the stages of bench/gpu.py; what was timed where is `measure.environment`."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,40 +19,6 @@ def peaks(device: torch.device) -> tuple[float, float] | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for known, peak in PEAKS.items() if name.startswith(known)), None)
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Return GPU, driver, versions and commit, as JSON-serialisable values."""
-    root = Path(__file__).parents[1]
-    record: dict[str, Any] = {
-        "commit": _said("git", "-C", str(root), "rev-parse", "HEAD"),
-        "dirty": bool(_said("git", "-C", str(root), "status", "--porcelain")),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "device": device.type,
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-    for name in ("triton", "peft", "transformers"):
-        try:
-            record[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            record[name] = None
-    if device.type == "cuda":
-        record |= {
-            "gpu": torch.cuda.get_device_name(device),
-            "cuda": torch.version.cuda or f"hip {torch.version.hip}",
-            "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-            "clocks": _said("nvidia-smi", "--query-gpu=clocks.sm,clocks.max.sm", "--format=csv,noheader"),
-        }
-    return record
-
-
-def _said(*command: str) -> str | None:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def interleaved(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -49,19 +50,28 @@ def summary(times: dict[str, list[float]], base: str) -> dict[str, dict[str, flo
     return result
 
 
-def environment() -> dict[str, Any]:
+def environment(device: torch.device | None = None) -> dict[str, Any]:
     """Return what a number depends on besides the code: hardware, versions, threads, commit, command."""
-    return {
+    record: dict[str, Any] = {
         "cpu": _cpu_model(),
         "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg(),
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "native": native.describe(),
-        "versions": {name: _version(name) for name in ("torch", "peft", "numpy")}
+        "versions": {name: _version(name) for name in ("torch", "triton", "peft", "transformers", "numpy")}
         | {"python": platform.python_version()},
-        "commit": _commit(),
+        "commit": _said("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
         "command": " ".join(["python", *sys.argv]),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
+    if device is not None and device.type == "cuda":
+        record |= {
+            "gpu": torch.cuda.get_device_name(device),
+            "cuda": torch.version.cuda or f"hip {torch.version.hip}",
+            "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+            "clocks": _said("nvidia-smi", "--query-gpu=clocks.sm,clocks.max.sm", "--format=csv,noheader"),
+        }
+    return record
 
 
 def add_output_argument(parser: argparse.ArgumentParser) -> None:
@@ -93,6 +103,8 @@ def _cpu_model() -> str:
     return f"{len(names)} x {names[0]}" if names else platform.processor()
 
 
-def _commit() -> str:
-    result = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "unknown"
+def _said(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -129,3 +129,33 @@ def test_fuzzing_under_sanitizers_finds_nothing(tmp_path):
     result = subprocess.run([driver, "8", seed], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     print(result.stdout)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_asas_averages_are_those_of_plain_pytorch(dtype):
+    from adamss_kernels import AdaMSSConfig, SubspaceAllocator, inject_adamss
+
+    averages = []
+    for is_native in (True, False):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(30, 20), torch.nn.Linear(20, 30)).to(dtype)
+        config = AdaMSSConfig(r=8, num_subspaces=3, use_asa=True, init_warmup=1, final_warmup=100, mask_interval=50)
+        inject_adamss(model, config, progress=False)
+        allocator = SubspaceAllocator(model, config)
+        for step in range(1, 6):
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.data.normal_()
+                    parameter.grad = torch.randn_like(parameter)
+            # A layer that a step does not use has no gradient.
+            model[0].B.grad = None if step == 3 else model[0].B.grad
+            for bank in allocator._banks():
+                assert bank._is_native, "plain parameters on the CPU take the library"
+                bank._is_native = is_native
+            allocator.update_and_allocate(step)
+            for bank in allocator._banks():
+                bank._is_native = True
+        averages.append([(bank._importance.clone(), bank._uncertainty.clone()) for bank in allocator._banks()])
+    for fast, plain in zip(*averages, strict=True):
+        for a, b in zip(fast, plain, strict=True):
+            torch.testing.assert_close(a, b)

@@ -11,9 +11,10 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from .importance import accumulate_importance, measure_importance
 from .library import BackwardArgs, ForwardArgs, Layout, describe, load, pointer, why_not_loaded
 
-__all__ = ["backward", "describe", "forward", "unavailable"]
+__all__ = ["accumulate_importance", "backward", "describe", "forward", "measure_importance", "unavailable"]
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 

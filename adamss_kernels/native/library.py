@@ -7,7 +7,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable
-from ctypes import c_char_p, c_int32, c_int64, c_void_p
+from ctypes import c_char_p, c_double, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,6 +64,8 @@ class Library(NamedTuple):
 
     forward: Callable[[ForwardArgs], None]
     backward: Callable[[BackwardArgs], None]
+    measure: Callable[..., None]
+    accumulate: Callable[..., None]
     isas: tuple[str, ...]
     use_isa: Callable[[str], None]
     isa: Callable[[], str]
@@ -95,6 +97,9 @@ def load() -> Library:
     library.adamss_cpu_init.argtypes = (c_void_p, c_char_p)
     library.adamss_cpu_forward.argtypes = (ctypes.POINTER(ForwardArgs),)
     library.adamss_cpu_backward.argtypes = (ctypes.POINTER(BackwardArgs),)
+    library.adamss_cpu_measure.argtypes = (c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p)
+    library.adamss_cpu_accumulate.argtypes = (c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_double, c_double)
+    library.adamss_cpu_measure.restype = library.adamss_cpu_accumulate.restype = None
     for name in ("adamss_cpu_init", "adamss_cpu_forward", "adamss_cpu_backward"):
         getattr(library, name).restype = c_int32
 
@@ -108,6 +113,8 @@ def load() -> Library:
     return Library(
         _checked(library.adamss_cpu_forward),
         _checked(library.adamss_cpu_backward),
+        library.adamss_cpu_measure,
+        library.adamss_cpu_accumulate,
         isas,
         use_isa,
         lambda: library.adamss_cpu_isa().decode(),

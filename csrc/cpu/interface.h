@@ -71,4 +71,13 @@ const char* adamss_cpu_isas();
 // Both return 0, or 1 when memory for scratch space ran out.
 int32_t adamss_cpu_forward(const adamss_forward_args*);
 int32_t adamss_cpu_backward(const adamss_backward_args*);
+
+// ASA, float or double. measured = |w * g| for `count` pairs of matrices of `sizes` elements, one after the other, and
+// its sum; a null g stands for zero.
+void adamss_cpu_measure(int64_t dtype, int64_t count, const void* const* w, const void* const* g, const int64_t* sizes,
+                        void* measured, double* sum);
+// uncertainty = lerp(uncertainty, |measured - importance|, weight2), then importance = lerp(importance, measured,
+// weight1).
+void adamss_cpu_accumulate(int64_t dtype, int64_t size, const void* measured, void* importance, void* uncertainty,
+                           double weight1, double weight2);
 }
