@@ -143,27 +143,26 @@ void dot_block(int64_t D, const T* x, int64_t stride_xm, int64_t rho, const T* c
         });
 }
 
-template <class T, int P>
-void outer_rows(int64_t M, int64_t D, const T* x, int64_t stride_xm, const T* dS, int64_t stride_sm, T* const* dQ) {
+// dQ (rho, D) += dS^T x over M tokens. The columns of x that a tile reads stay in the first-level cache for all of rho.
+template <class T>
+void outer_block(int64_t M, int64_t D, const T* x, int64_t stride_xm, int64_t rho, const T* dS, int64_t stride_sm,
+                 T* const* dQ) {
     constexpr int W = Vector<T>::width;
     int64_t d = 0;
-    for (; d + TILE_V * W <= D; d += TILE_V * W) outer_tile<T, P, TILE_V>(M, x, stride_xm, dS, stride_sm, dQ, d);
-    for (; d + W <= D; d += W) outer_tile<T, P, 1>(M, x, stride_xm, dS, stride_sm, dQ, d);
-    for (int p = 0; p < P; ++p)
+    for (; d + TILE_V * W <= D; d += TILE_V * W)
+        for_tiles(rho, [&](auto tile, int64_t p) {
+            outer_tile<T, decltype(tile)::value, TILE_V>(M, x, stride_xm, dS + p, stride_sm, dQ + p, d);
+        });
+    for (; d + W <= D; d += W)
+        for_tiles(rho, [&](auto tile, int64_t p) {
+            outer_tile<T, decltype(tile)::value, 1>(M, x, stride_xm, dS + p, stride_sm, dQ + p, d);
+        });
+    for (int64_t p = 0; p < rho; ++p)
         for (int64_t e = d; e < D; ++e) {
             T total = 0;
             for (int64_t m = 0; m < M; ++m) total += dS[m * stride_sm + p] * x[m * stride_xm + e];
             dQ[p][e] += total;
         }
-}
-
-// dQ (rho, D) += dS^T x over M tokens.
-template <class T>
-void outer_block(int64_t M, int64_t D, const T* x, int64_t stride_xm, int64_t rho, const T* dS, int64_t stride_sm,
-                 T* const* dQ) {
-    for_tiles(rho, [&](auto tile, int64_t p) {
-        outer_rows<T, decltype(tile)::value>(M, D, x, stride_xm, dS + p, stride_sm, dQ + p);
-    });
 }
 
 // dx (M, D) = dS Q.
@@ -172,12 +171,17 @@ void product_block(int64_t M, int64_t D, int64_t rho, const T* dS, int64_t strid
                    int64_t stride_dxm) {
     constexpr int W = Vector<T>::width;
     const int64_t whole_M = M / TILE_M * TILE_M, whole_D = D / W * W;
-    for (int64_t m = 0; m < whole_M; m += TILE_M) {
+    // Few rows at a time, so that their writes advance along memory; several, so that a tile of Q serves them all.
+    constexpr int64_t ROWS = 4 * TILE_M;
+    for (int64_t begin = 0; begin < whole_M; begin += ROWS) {
+        const int64_t end = smaller(whole_M, begin + ROWS);
         int64_t d = 0;
         for (; d + TILE_V * W <= D; d += TILE_V * W)
-            product_tile<T, X, TILE_V>(rho, dS + m * stride_sm, stride_sm, Q, d, dx + m * stride_dxm, stride_dxm);
+            for (int64_t m = begin; m < end; m += TILE_M)
+                product_tile<T, X, TILE_V>(rho, dS + m * stride_sm, stride_sm, Q, d, dx + m * stride_dxm, stride_dxm);
         for (; d < whole_D; d += W)
-            product_tile<T, X, 1>(rho, dS + m * stride_sm, stride_sm, Q, d, dx + m * stride_dxm, stride_dxm);
+            for (int64_t m = begin; m < end; m += TILE_M)
+                product_tile<T, X, 1>(rho, dS + m * stride_sm, stride_sm, Q, d, dx + m * stride_dxm, stride_dxm);
     }
     for (int64_t m = 0; m < M; ++m)
         for (int64_t e = m < whole_M ? whole_D : 0; e < D; ++e) {
