@@ -20,6 +20,10 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
+	$(BIN)/python bench/layer.py --seconds 3
+	$(BIN)/python bench/model.py --seconds 20
+	$(BIN)/python bench/asa.py
+	$(BIN)/python bench/memory.py
 	$(BIN)/python bench/init.py
 
 # Python sources are used in place; the native library is built again when its sources change.

@@ -61,17 +61,16 @@ def decompose(weight: Tensor, bias: Tensor | None, config: AdaMSSConfig, *, name
 
     augmented = weight.detach() if bias is None else torch.cat((weight.detach(), bias.detach()[:, None]), dim=1)
     augmented = augmented.to(torch.float32)
-    if not torch.isfinite(augmented).all():
+    if not torch.isfinite(torch.stack(torch.aminmax(augmented))).all():
         raise ValueError(f"{name}: expected finite values, found NaN or infinity in the weight or bias")
 
-    U, A = _truncated_svd(augmented, config.r, config.random_seed)
-    row_subspace = _cluster_rows(U, config.num_subspaces, name).to(weight.device)
-    R = A.shape[0]
+    R = min(config.r, *augmented.shape)
     if config.subspace_rank > R:
         message = f"{name}: subspace_rank={config.subspace_rank} exceeds the rank of the basis and is clamped to {R}"
         warnings.warn(message, stacklevel=2)
-
     with _seeded(weight.device, config.random_seed):
+        U, A = _truncated_svd(augmented, R)
+        row_subspace = _cluster_rows(U, config.num_subspaces, name).to(weight.device)
         directions = [_subspace_directions(U[row_subspace == k], config) for k in range(int(row_subspace.max()) + 1)]
     ranks = tuple(B_k.shape[0] for B_k in directions)
     layout = SubspaceLayout(row_subspace, ranks)
@@ -89,10 +88,9 @@ def decompose(weight: Tensor, bias: Tensor | None, config: AdaMSSConfig, *, name
     return Decomposition(basis.to(weight.dtype).contiguous(), basis_bias, layout, B, C)
 
 
-def _truncated_svd(matrix: Tensor, R: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Return U (N, R) and A = V^T (R, D~)."""
-    with _seeded(matrix.device, seed):
-        U, _, V = torch.svd_lowrank(matrix, q=min(R, *matrix.shape), niter=2)
+def _truncated_svd(matrix: Tensor, R: int) -> tuple[Tensor, Tensor]:
+    """Return U (N, R) and A = V^T (R, D~), drawing a random projection from the global generator."""
+    U, _, V = torch.svd_lowrank(matrix, q=R, niter=2)
     return U.contiguous(), V.T.contiguous()
 
 
@@ -129,7 +127,7 @@ def _subspace_directions(U_k: Tensor, config: AdaMSSConfig) -> Tensor:
     r_k = min(config.subspace_rank, *U_k.shape)
     # Dynamic ranks look at all singular values; else a few more than are kept make the leading ones accurate.
     q = min(U_k.shape) if config.use_dynamic_rank else min(r_k + 6, *U_k.shape)
-    _, sigma, V = torch.svd_lowrank(U_k, q=q, niter=4)
+    _, sigma, V = torch.svd_lowrank(U_k, q=q, niter=2)
     if config.use_dynamic_rank:
         significant = int((sigma.square() > config.svd_threshold * sigma[0].square()).sum())
         r_k = max(1, min(r_k, significant))

@@ -51,6 +51,18 @@ assert not [m for m in set(sys.modules) - before if m.split(".")[0] == {module!r
     )
 
 
+def test_the_commands_work_where_triton_and_the_hugging_face_libraries_cannot_be_imported():
+    run(
+        """
+import sys
+for name in ("triton", "peft", "transformers", "matplotlib"):
+    sys.modules[name] = None
+from adamss_kernels.cli import main
+assert main(["info"]) == 0
+"""
+    )
+
+
 def test_importing_the_package_queries_no_device():
     run(
         """
