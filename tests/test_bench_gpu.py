@@ -27,9 +27,9 @@ def test_dry_run(stage, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((tmp_path / f"{stage}.json").read_text())
     assert record["stage"] == stage
-    assert record["environment"]["torch"] == torch.__version__
+    assert record["environment"]["versions"]["torch"] == torch.__version__
     assert record["environment"]["command"][1:3] == ["--device", "cpu"]
-    assert record.get("rows") or record.get("tuning") or record.get("skipped")
+    assert record.get("rows") or record.get("tuning")
     assert not [row for row in record.get("rows", []) if "error" in row]
     assert f"## {stage}" in (tmp_path / "summary.md").read_text()
 
