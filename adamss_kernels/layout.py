@@ -47,6 +47,7 @@ class SubspaceLayout:
                 raise ValueError(f"row_subspace: expected values in [0, {len(ranks)}), got one outside")
             if not all(rows[1:]):
                 raise ValueError(f"row_subspace: subspace {rows[1:].index(0)} owns no row")
+        object.__setattr__(self, "row_subspace", self.row_subspace.contiguous())
         starts = [0]
         for rank in ranks:
             starts.append(starts[-1] + rank)

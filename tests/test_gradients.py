@@ -148,12 +148,14 @@ def test_any_number_of_leading_dimensions(backend, shape):
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_operands_need_not_be_contiguous(backend):
     problem = make_problem(M=6)
-    expected = naive(problem)
+    # Every second entry of a longer mask: its neighbours say the opposite.
+    active = torch.tensor([True, False, False, True, True, False])[::2]
+    expected = naive(problem, active)
     x, weight, bias, basis, basis_bias, B, C, layout = problem.operands
     strided = [t.detach().repeat_interleave(2, dim=-1)[..., ::2] for t in (x, weight, bias, basis, basis_bias)]
     B_t, C_t = (t.detach().T.contiguous().T.requires_grad_() for t in (B, C))
     x_s = strided[0].requires_grad_()
-    y = adamss_linear(x_s, *strided[1:], B_t, C_t, layout, backend=backend)
+    y = adamss_linear(x_s, *strided[1:], B_t, C_t, layout, active=active, trainable=active, backend=backend)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     # An expanded gradient has stride 0.
     y.sum().backward()

@@ -53,6 +53,7 @@ def forward(
     else:
         source, A, a = _rows(x), _dense(basis, acc), _dense(basis_bias, acc)
     bias, B, C = _dense(bias, x.dtype), _dense(B, acc), _dense(C, acc)
+    active = _dense(active, torch.bool)
     S = x.new_empty((M, B.shape[0]) if keep_S else 0, dtype=acc)
     y = x.new_empty(M, N)
     load().forward(
@@ -105,6 +106,7 @@ def backward(
         assert x is not None
         source = _rows(x)
     A, a, B_acc, C_acc = _dense(basis, acc), _dense(basis_bias, acc), _dense(B, acc), _dense(C, acc)
+    active, trainable = _dense(active, torch.bool), _dense(trainable, torch.bool)
     dx = dy.new_empty((dy.shape[0], weight.shape[1]) if need_dx else 0)
     dB = B_acc.new_empty(B.shape if need_dB else 0)
     dC = C_acc.new_empty(C.shape if need_dC else 0)

@@ -109,9 +109,6 @@ inline void store_as(bfloat16* p, vec<float> v) {
     half_t half = __builtin_convertvector((nan & quiet) | (~nan & rounded), half_t);
     std::memcpy(p, &half, sizeof half);
 }
-inline float load_as(const float* p) { return *p; }
-inline double load_as(const double* p) { return *p; }
-inline float load_as(const bfloat16* p) { return to_float(*p); }
 
 #if defined(__AVX512F__)
 
