@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from adamss_kernels import AdaMSSConfig, FusedAdaMSSLinear
 
-# (D, N, M, K, r) of the design's table.
+# (D, N, M, K, r): BERT- and Llama-sized layers, long and short batches.
 SHAPES = [
     (768, 768, 4096, 10, 3),
     (768, 768, 512, 10, 1),

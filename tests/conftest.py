@@ -16,7 +16,7 @@ CPU_BACKENDS = [name for name, state in available_backends().items() if state ==
 
 @dataclass
 class Problem:
-    """Random operands of `adamss_linear`, shaped as in design's notation."""
+    """Random operands of `adamss_linear`, shaped as in docs/notation.md."""
 
     x: Tensor
     weight: Tensor

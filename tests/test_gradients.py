@@ -34,7 +34,7 @@ CASES = {
 
 
 def naive(problem, active: Tensor | None = None) -> Tensor:
-    """The formula of the design, one output row at a time."""
+    """The formula of docs/notation.md, one output row at a time."""
     x, weight, bias, basis, basis_bias, B, C, layout = problem.operands
     P = x @ basis.T + (0 if basis_bias is None else basis_bias)
     S = P @ B.T
