@@ -49,23 +49,26 @@ def forward(
     if keep_P:
         At = basis.to(x.dtype).t()
         P = torch.mm(x, At) if basis_bias is None else torch.addmm(basis_bias.to(x.dtype), x, At)
-        source, A, a = P, None, None
-    else:
-        source, A, a = _rows(x), _dense(basis, acc), _dense(basis_bias, acc)
+    rows, W = _rows(x), _rows(weight)
+    A, a = _dense(basis, acc), _dense(basis_bias, acc)
     bias, B, C = _dense(bias, x.dtype), _dense(B, acc), _dense(C, acc)
     active = _dense(active, torch.bool)
     S = x.new_empty((M, B.shape[0]) if keep_S else 0, dtype=acc)
     y = x.new_empty(M, N)
-    load().forward(
+    is_whole = load().forward(
         # In the order of csrc/cpu/interface.h; keywords would take longer than a small layer's kernel.
         ForwardArgs(
             _DTYPES[x.dtype],
             M,
-            source.shape[1],
+            x.shape[1],
             B.shape[1],
-            source.data_ptr(),
-            source.stride(0),
-            pointer(A),
+            rows.data_ptr(),
+            rows.stride(0),
+            P.data_ptr() if keep_P else None,
+            B.shape[1],
+            W.data_ptr(),
+            W.stride(0),
+            A.data_ptr(),
             pointer(a),
             B.data_ptr(),
             pointer(bias),
@@ -76,7 +79,8 @@ def forward(
             _layout(row_subspace, offsets, active, None),
         )
     )
-    y.addmm_(x, weight.t())
+    if not is_whole:
+        y.addmm_(x, weight.t())
     return y, S, P
 
 
@@ -99,7 +103,7 @@ def backward(
     """Compute `reference.backward`."""
     need_dx, need_dweight, need_dbias, need_dB, need_dC = needs
     acc = torch.float64 if dy.dtype == torch.float64 else torch.float32
-    rows, source, projection = _rows(dy), None, None
+    rows, W, source, projection = _rows(dy), _rows(weight), None, None
     if need_dB and P is not None:
         projection = _rows(P)
     elif need_dB:
@@ -110,7 +114,7 @@ def backward(
     dx = dy.new_empty((dy.shape[0], weight.shape[1]) if need_dx else 0)
     dB = B_acc.new_empty(B.shape if need_dB else 0)
     dC = C_acc.new_empty(C.shape if need_dC else 0)
-    load().backward(
+    is_whole = load().backward(
         # In the order of csrc/cpu/interface.h.
         BackwardArgs(
             _DTYPES[dy.dtype],
@@ -124,7 +128,9 @@ def backward(
             pointer(projection),
             0 if projection is None else projection.stride(0),
             pointer(S) if need_dC else None,
-            pointer(A),
+            W.data_ptr(),
+            W.stride(0),
+            A.data_ptr(),
             pointer(a),
             B_acc.data_ptr(),
             C_acc.data_ptr(),
@@ -135,7 +141,7 @@ def backward(
             _layout(row_subspace, offsets, active, trainable),
         )
     )
-    if need_dx:
+    if need_dx and not is_whole:
         dx.addmm_(dy, weight)
     if need_dweight:
         assert x is not None

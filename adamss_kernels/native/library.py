@@ -17,6 +17,9 @@ from torch import Tensor
 _SUFFIX = "dylib" if sys.platform == "darwin" else "so"
 _NAME = f"libadamss_cpu.{_SUFFIX}"
 
+# `adamss_status`; 0 is an update without the base product.
+_WHOLE, _NO_MEMORY = 1, 2
+
 
 class Layout(ctypes.Structure):
     """`adamss_layout`."""
@@ -34,6 +37,10 @@ class ForwardArgs(ctypes.Structure):
         *((name, c_int64) for name in ("dtype", "M", "D", "R")),
         ("x", c_void_p),
         ("stride_xm", c_int64),
+        ("P", c_void_p),
+        ("stride_pm", c_int64),
+        ("W", c_void_p),
+        ("stride_wn", c_int64),
         *((name, c_void_p) for name in ("A", "a", "B", "bias", "C")),
         ("r_max", c_int64),
         *((name, c_void_p) for name in ("S", "y")),
@@ -52,7 +59,10 @@ class BackwardArgs(ctypes.Structure):
         ("stride_xm", c_int64),
         ("P", c_void_p),
         ("stride_pm", c_int64),
-        *((name, c_void_p) for name in ("S", "A", "a", "B", "C")),
+        ("S", c_void_p),
+        ("W", c_void_p),
+        ("stride_wn", c_int64),
+        *((name, c_void_p) for name in ("A", "a", "B", "C")),
         ("r_max", c_int64),
         *((name, c_void_p) for name in ("dx", "dB", "dC")),
         ("layout", Layout),
@@ -60,10 +70,13 @@ class BackwardArgs(ctypes.Structure):
 
 
 class Library(NamedTuple):
-    """The loaded library: its two kernels, the instruction sets it can use here, and how to choose one by name."""
+    """The loaded library: its kernels, the instruction sets it can use here, and how to choose one by name.
 
-    forward: Callable[[ForwardArgs], None]
-    backward: Callable[[BackwardArgs], None]
+    `forward` and `backward` return whether y or dx is whole; otherwise the base product is still to be added.
+    """
+
+    forward: Callable[[ForwardArgs], bool]
+    backward: Callable[[BackwardArgs], bool]
     measure: Callable[..., None]
     accumulate: Callable[..., None]
     isas: tuple[str, ...]
@@ -145,10 +158,12 @@ def describe() -> dict[str, str]:
     }
 
 
-def _checked(function: Callable[..., int]) -> Callable[..., None]:
-    def call(args: ctypes.Structure) -> None:
-        if function(args) != 0:
+def _checked(function: Callable[..., int]) -> Callable[..., bool]:
+    def call(args: ctypes.Structure) -> bool:
+        status = function(args)
+        if status == _NO_MEMORY:
             raise MemoryError(f"{function.__name__}: no memory for scratch space")  # type: ignore[attr-defined]
+        return status == _WHOLE
 
     return call
 

@@ -3,11 +3,14 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <new>
 
+#include "scratch.h"
+
 namespace ADAMSS_ISA {
+
+enum Uninitialised { UNINITIALISED };
 
 template <class T>
 class Buffer {
@@ -18,21 +21,17 @@ class Buffer {
     Buffer() = default;
     // Zero-initialised.
     explicit Buffer(int64_t size) { resize(size); }
+    // For what is written before it is read.
+    Buffer(int64_t size, Uninitialised) { allocate(size); }
     Buffer(const Buffer&) = delete;
     Buffer& operator=(const Buffer&) = delete;
-    ~Buffer() { std::free(p_); }
+    ~Buffer() { release(); }
 
-    // Hold at least `size` elements; growing loses the old ones and zeroes all. Registers are loaded from aligned rows
-    // at twice the rate of rows that straddle cache lines.
+    // Hold at least `size` elements; growing loses the old ones and zeroes all.
     void resize(int64_t size) {
         if (size <= size_) return;
-        std::free(p_);
-        size_ = 0;
-        const int64_t bytes = (size * int64_t(sizeof(T)) + 63) / 64 * 64;
-        p_ = static_cast<T*>(std::aligned_alloc(64, bytes));
-        if (!p_) throw std::bad_alloc();
-        std::memset(static_cast<void*>(p_), 0, bytes);
-        size_ = size;
+        allocate(size);
+        std::memset(static_cast<void*>(p_), 0, size * sizeof(T));
     }
 
     int64_t size() const { return size_; }
@@ -44,6 +43,19 @@ class Buffer {
     T* end() { return p_ + size_; }
     const T* begin() const { return p_; }
     const T* end() const { return p_ + size_; }
+
+  private:
+    // Registers are loaded from aligned rows at twice the rate of rows that straddle cache lines.
+    void allocate(int64_t size) {
+        release();
+        p_ = static_cast<T*>(adamss::take_scratch(size * int64_t(sizeof(T))));
+        if (!p_ && size) throw std::bad_alloc();
+        size_ = size;
+    }
+    void release() {
+        adamss::give_scratch(p_, size_ * int64_t(sizeof(T)));
+        p_ = nullptr, size_ = 0;
+    }
 };
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -16,6 +16,12 @@ namespace avx512 {
 extern const adamss::Kernels kernels;
 }
 #endif
+#ifdef ADAMSS_AMX
+namespace amx {
+extern const adamss::Kernels kernels;
+bool usable();
+}
+#endif
 
 namespace adamss {
 
@@ -27,6 +33,9 @@ template <class F>
 static void for_each_runnable(const F& f) {
 #ifdef ADAMSS_X86
     __builtin_cpu_init();
+#ifdef ADAMSS_AMX
+    if (amx::usable()) f(&amx::kernels);
+#endif
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
@@ -39,10 +48,9 @@ static void for_each_runnable(const F& f) {
 template <class F>
 static int32_t guarded(const F& f) {
     try {
-        f();
-        return 0;
+        return f();
     } catch (const std::bad_alloc&) {
-        return 1;
+        return ADAMSS_NO_MEMORY;
     }
 }
 
@@ -76,10 +84,10 @@ const char* adamss_cpu_isas() {
 }
 
 int32_t adamss_cpu_forward(const adamss_forward_args* args) {
-    return adamss::guarded([&] { adamss::chosen->forward(*args); });
+    return adamss::guarded([&] { return adamss::chosen->forward(*args); });
 }
 
 int32_t adamss_cpu_backward(const adamss_backward_args* args) {
-    return adamss::guarded([&] { adamss::chosen->backward(*args); });
+    return adamss::guarded([&] { return adamss::chosen->backward(*args); });
 }
 }

@@ -11,8 +11,8 @@ extern adamss_parallel_for parallel_for;
 // One instruction set's kernels.
 struct Kernels {
     const char* isa;
-    void (*forward)(const adamss_forward_args&);
-    void (*backward)(const adamss_backward_args&);
+    adamss_status (*forward)(const adamss_forward_args&);
+    adamss_status (*backward)(const adamss_backward_args&);
 };
 
 }  // namespace adamss

@@ -90,10 +90,13 @@ void one_case() {
     using T = std::conditional_t<std::is_same_v<X, double>, double, float>;
     const double unit_T = std::is_same_v<T, double> ? 0x1p-53 : 0x1p-24;
     const double unit_X = std::is_same_v<X, half> ? 0x1p-8 : unit_T;
+    // Where AMX makes the base product, it rounds Q, C, S and dS to bfloat16 once.
+    const bool whole = std::is_same_v<X, half> && std::string(adamss_cpu_isa()) == "amx" && coin();
+    const double unit_S = whole ? 0x1p-8 : unit_T;
     const int64_t dtype = std::is_same_v<X, double> ? ADAMSS_FLOAT64
                           : std::is_same_v<X, half> ? ADAMSS_BFLOAT16
                                                     : ADAMSS_FLOAT32;
-    const int64_t M = integer(0, coin() ? 9 : 300), D = integer(1, coin() ? 20 : 150), R = integer(1, coin() ? 6 : 40);
+    const int64_t M = whole ? integer(64, 300) : integer(0, coin() ? 9 : 300), D = integer(1, coin() ? 20 : 150), R = integer(1, coin() ? 6 : 40);
     int64_t N = integer(1, coin() ? 20 : 150), K = integer(1, std::min<int64_t>(N, coin() ? 4 : 32));
     const bool has_bias = coin(), projection = coin();
 
@@ -117,11 +120,13 @@ void one_case() {
     Matrix<X> x(M, D, D + integer(0, 3), true), dy(M, N, coin() ? N : N + integer(0, 5), true);
     Matrix<X> P(M, R, R + integer(0, 3), true);
     Matrix<X> bias(1, N, N, true);
+    Matrix<X> W(N, D, D + integer(0, 3), true);
     Matrix<T> A(R, D, D, true), a(1, R, R, true), B(rho, R, R, true), C(N, r_max, r_max, true);
 
     std::ostringstream text;
     text << "M=" << M << " D=" << D << " N=" << N << " R=" << R << " K=" << K << " rho=" << rho << " r_max=" << r_max
-         << " dtype=" << dtype << " masked=" << masked << " projection=" << projection;
+         << " dtype=" << dtype << " masked=" << masked << " projection=" << projection
+         << " whole=" << whole;
     const std::string shape = text.str();
 
     // Q = B A and q = B a, with the magnitudes that bound their rounding.
@@ -144,7 +149,7 @@ void one_case() {
         for (int64_t k = 0; k < K; ++k)
             for (int64_t p = offsets[k]; p < offsets[k + 1] && on(k); ++p) {
                 double s = 0, size = 0;
-                if (projection) {
+                if (projection && !whole) {
                     for (int64_t r = 0; r < R; ++r) s += P(m, r) * B(p, r), size += std::abs(P(m, r) * B(p, r));
                 } else {
                     s = q[p], size = q_size[p];
@@ -155,6 +160,7 @@ void one_case() {
             }
         for (int64_t i = 0; i < N; ++i) {
             double v = has_bias ? bias(0, i) : 0, size = std::abs(v);
+            for (int64_t d = 0; d < D && whole; ++d) v += x(m, d) * W(i, d), size += std::abs(x(m, d) * W(i, d));
             const int32_t k = row_subspace[i];
             for (int64_t j = 0; j < offsets[k + 1] - offsets[k] && on(k); ++j) {
                 v += S[m * rho + offsets[k] + j] * C(i, j);
@@ -166,16 +172,14 @@ void one_case() {
     Matrix<T> S_got(M, rho, rho, false);
     Matrix<X> y_got(M, N, N, false);
     const bool keep_S = coin();
-    Matrix<X>& source = projection ? P : x;
-    const adamss_forward_args forward = {dtype, M, projection ? R : D, R, source.data(), source.stride,
-                                         projection ? nullptr : A.data(),
-                                         projection || !has_bias ? nullptr : a.data(), B.data(),
-                                         has_bias ? bias.data() : nullptr, C.data(), r_max,
+    const adamss_forward_args forward = {dtype, M, D, R, x.data(), x.stride, projection ? P.data() : nullptr, P.stride,
+                                         whole ? W.data() : nullptr, W.stride, A.data(), has_bias ? a.data() : nullptr,
+                                         B.data(), has_bias ? bias.data() : nullptr, C.data(), r_max,
                                          keep_S ? S_got.data() : nullptr, y_got.data(), layout};
-    if (adamss_cpu_forward(&forward) != 0) std::abort();
+    if (adamss_cpu_forward(&forward) != (whole ? ADAMSS_WHOLE : ADAMSS_UPDATE)) std::abort();
     const int64_t terms_S = D + R;
-    if (keep_S) compare("S", shape, S_got, S, S_size, unit_T, terms_S);
-    compare("y", shape, y_got, y, y_size, unit_T * double(terms_S + r_max) > unit_X ? unit_T : unit_X / 4,
+    if (keep_S) compare("S", shape, S_got, S, S_size, unit_S, terms_S);
+    compare("y", shape, y_got, y, y_size, whole ? unit_S : unit_T * double(terms_S + r_max) > unit_X ? unit_T : unit_X / 4,
             terms_S + r_max);
 
     // ---- backward
@@ -217,18 +221,24 @@ void one_case() {
                     dB_size[p * R + r] += dS_size[m * rho + p] * size;
                 }
             }
+    for (int64_t m = 0; m < M && whole; ++m)
+        for (int64_t i = 0; i < N; ++i)
+            for (int64_t d = 0; d < D; ++d) {
+                dx[m * D + d] += dy(m, i) * W(i, d);
+                dx_size[m * D + d] += std::abs(dy(m, i) * W(i, d));
+            }
     Matrix<X> dx_got(M, D, D, false);
     Matrix<T> dB_got(rho, R, R, false), dC_got(N, r_max, r_max, false);
     const adamss_backward_args backward = {
         dtype, M, D, R, dy.data(), dy.stride, projection ? nullptr : x.data(), x.stride,
-        projection ? P.data() : nullptr, P.stride, S_in.data(), A.data(), has_bias ? a.data() : nullptr, B.data(),
+        projection ? P.data() : nullptr, P.stride, S_in.data(), whole ? W.data() : nullptr, W.stride, A.data(), has_bias ? a.data() : nullptr, B.data(),
         C.data(), r_max, need_dx ? dx_got.data() : nullptr, need_dB ? dB_got.data() : nullptr,
         need_dC ? dC_got.data() : nullptr, layout};
-    if (adamss_cpu_backward(&backward) != 0) std::abort();
+    if (adamss_cpu_backward(&backward) != (whole ? ADAMSS_WHOLE : ADAMSS_UPDATE)) std::abort();
     const int64_t terms = M + N + D + R + rho;
-    if (need_dx) compare("dx", shape, dx_got, dx, dx_size, unit_X > unit_T ? unit_X / 4 : unit_T, terms);
-    if (need_dB) compare("dB", shape, dB_got, dB, dB_size, unit_T, terms);
-    if (need_dC) compare("dC", shape, dC_got, dC, dC_size, unit_T, terms);
+    if (need_dx) compare("dx", shape, dx_got, dx, dx_size, whole ? unit_S : unit_X > unit_T ? unit_X / 4 : unit_T, terms);
+    if (need_dB) compare("dB", shape, dB_got, dB, dB_size, unit_S, terms);
+    if (need_dC) compare("dC", shape, dC_got, dC, dC_size, unit_S, terms);
 }
 
 }  // namespace

@@ -20,11 +20,16 @@ struct adamss_layout {
     const uint8_t* trainable;     // (K,)
 };
 
-// S = x Q^T + q with Q = B A and q = B a, y = bias + S C^T: the update, written where the base GEMM then accumulates.
+// S = x Q^T + q with Q = B A and q = B a (or P B^T), y = bias + S C^T: the update, written where the base GEMM then
+// accumulates; or y whole.
 struct adamss_forward_args {
     int64_t dtype, M, D, R;
-    const void* x;  // (M, D); or P (M, R), and then A and a are null, D = R and Q = B
+    const void* x;  // (M, D)
     int64_t stride_xm;
+    const void* P;  // (M, R), or null
+    int64_t stride_pm;
+    const void* W;  // (N, D), dtype of x
+    int64_t stride_wn;
     const void* A;     // (R, D)
     const void* a;     // (R,) or null
     const void* B;     // (RHO, R)
@@ -36,7 +41,8 @@ struct adamss_forward_args {
     adamss_layout layout;
 };
 
-// dS = dy C, dC = dy^T S at the places of C, dB = (dS^T x) A^T + (sum_m dS) a^T or dS^T P, dx = dS Q.
+// dS = dy C, dC = dy^T S at the places of C, dB = (dS^T x) A^T + (sum_m dS) a^T or dS^T P, dx = dS Q, where the base
+// GEMM then accumulates; or dx whole.
 // Outputs may be null where not wanted; those of parameters are zero where a subspace is not active and trainable.
 struct adamss_backward_args {
     int64_t dtype, M, D, R;
@@ -47,6 +53,8 @@ struct adamss_backward_args {
     const void* P;  // (M, R) instead of x, or null
     int64_t stride_pm;
     const void* S;  // (M, RHO) for dC
+    const void* W;  // (N, D), dtype of x
+    int64_t stride_wn;
     const void* A;  // (R, D)
     const void* a;  // (R,) or null
     const void* B;  // (RHO, R)
@@ -68,7 +76,9 @@ int32_t adamss_cpu_init(adamss_parallel_for parallel_for, const char* isa);
 // The instruction set in use, and all those that this build has and this machine can run, best first.
 const char* adamss_cpu_isa();
 const char* adamss_cpu_isas();
-// Both return 0, or 1 when memory for scratch space ran out.
+// What both return: whether y or dx still lacks x W^T or dy W (a skinny product's pass is the library's, a large
+// product mostly another's), or that memory for scratch space ran out.
+enum adamss_status : int32_t { ADAMSS_UPDATE = 0, ADAMSS_WHOLE = 1, ADAMSS_NO_MEMORY = 2 };
 int32_t adamss_cpu_forward(const adamss_forward_args*);
 int32_t adamss_cpu_backward(const adamss_backward_args*);
 

@@ -6,13 +6,13 @@ namespace ADAMSS_ISA {
 #define ADAMSS_STRING_(x) #x
 #define ADAMSS_STRING(x) ADAMSS_STRING_(x)
 
-static void forward_any(const adamss_forward_args& a) {
+static adamss_status forward_any(const adamss_forward_args& a) {
     if (a.dtype == ADAMSS_FLOAT32) return forward<float, float>(a);
     if (a.dtype == ADAMSS_FLOAT64) return forward<double, double>(a);
     return forward<float, bfloat16>(a);
 }
 
-static void backward_any(const adamss_backward_args& a) {
+static adamss_status backward_any(const adamss_backward_args& a) {
     if (a.dtype == ADAMSS_FLOAT32) return backward<float, float>(a);
     if (a.dtype == ADAMSS_FLOAT64) return backward<double, double>(a);
     return backward<float, bfloat16>(a);

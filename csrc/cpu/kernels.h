@@ -17,6 +17,7 @@ constexpr int64_t BLOCK_M = 64;
 // The columns of S that are not pruned, those that learn first, and where each subspace starts among them.
 struct Columns {
     int64_t count = 0, learning = 0;
+    bool is_all;             // all of them learn: compact is full
     Buffer<int32_t> column;  // (count,): compact -> full
     Buffer<int32_t> start;   // (K,), -1 where pruned
 
@@ -31,6 +32,7 @@ struct Columns {
             }
             if (pass == 0) learning = count;
         }
+        is_all = learning == l.offsets[l.K];
     }
 };
 
@@ -85,6 +87,27 @@ struct Coefficients {
                 index[j * stride + i] = columns.start[k] + j;
             }
         }
+    }
+};
+
+// The first `rho` rows of C^T for the compact columns, dense: a skinny product with it costs less than gathering the
+// rows of a subspace.
+template <class T>
+struct DenseCoefficients {
+    int64_t stride;
+    Buffer<T> values;
+    Buffer<const T*> rows;  // (rho,)
+
+    DenseCoefficients(const Coefficients<T>& c, int64_t rho, int64_t N)
+        : stride(row_stride<T>(N)), values(rho * stride), rows(rho) {
+        for (int64_t j = 0; j < c.r_max; ++j)
+            for (int64_t i = 0; i < N; ++i) {
+                const T value = c.value[j * c.stride + i];
+                const int64_t p = c.index[j * c.stride + i];
+                // Entries without a column are zero and point at column 0.
+                if (p < rho && value != T(0)) values[p * stride + i] = value;
+            }
+        for (int64_t p = 0; p < rho; ++p) rows[p] = values.data() + p * stride;
     }
 };
 
@@ -163,14 +186,30 @@ void update_tile(int64_t N, const T* S, int64_t stride_sm, const Coefficients<T>
         }
 }
 
+// S as the caller wants it: rows of all RHO columns, zero where pruned.
+template <class T>
+void write_S(const Columns& columns, const T* S, int64_t stride_sm, int64_t M, int64_t rho_full, T* out) {
+    if (columns.count < rho_full) std::memset(out, 0, M * rho_full * sizeof(T));
+    if (columns.is_all) {
+        for (int64_t m = 0; m < M; ++m) std::memcpy(out + m * rho_full, S + m * stride_sm, rho_full * sizeof(T));
+        return;
+    }
+    for (int64_t m = 0; m < M; ++m)
+        for (int64_t p = 0; p < columns.count; ++p) out[m * rho_full + columns.column[p]] = S[m * stride_sm + p];
+}
+
 template <class T, class X>
-void forward(const adamss_forward_args& args) {
+adamss_status forward(const adamss_forward_args& args) {
     const adamss_layout& l = args.layout;
     const Columns columns(l);
     const int64_t rho = columns.count, rho_full = l.offsets[l.K], stride_sm = padded_rho<T>(columns);
     const Coefficients<T> coefficients(l, static_cast<const T*>(args.C), args.r_max, columns);
-    const Projection<T> projection(columns, static_cast<const T*>(args.B), static_cast<const T*>(args.A),
-                                   static_cast<const T*>(args.a), args.R, args.D);
+    // From P, Q = B and q = 0.
+    const X* const source = static_cast<const X*>(args.P ? args.P : args.x);
+    const int64_t stride = args.P ? args.stride_pm : args.stride_xm, D = args.P ? args.R : args.D;
+    const Projection<T> projection(columns, static_cast<const T*>(args.B),
+                                   args.P ? nullptr : static_cast<const T*>(args.A), static_cast<const T*>(args.a),
+                                   args.R, D);
     Buffer<T> bias(coefficients.stride);
     if (args.bias) to_arithmetic(static_cast<const X*>(args.bias), bias.data(), l.N);
     const auto update = for_rho<T>(rho, [](auto held) { return update_tile<T, X, decltype(held)::value>; });
@@ -181,19 +220,14 @@ void forward(const adamss_forward_args& args) {
         Buffer<T> S(DOT_M * stride_sm);
         for (int64_t m = begin; m < begin + M; m += DOT_M) {
             const int64_t tokens = smaller(DOT_M, begin + M - m);
-            x.take(static_cast<const X*>(args.x) + m * args.stride_xm, args.stride_xm, tokens, DOT_M, args.D);
+            x.take(source + m * stride, stride, tokens, DOT_M, D);
             Prefetch ahead(dot_tiles(larger(rho, 1)));
-            ahead.add(static_cast<const X*>(args.x) + (m + DOT_M) * args.stride_xm, args.stride_xm,
-                      smaller(DOT_M, args.M - m - DOT_M));
+            ahead.add(source + (m + DOT_M) * stride, stride, smaller(DOT_M, args.M - m - DOT_M));
             ahead.add(static_cast<const X*>(args.y) + m * l.N, l.N, tokens);
-            dot_block<T>(args.D, x.p, x.stride, rho, projection.Q.data(), projection.q.data(), S.data(), stride_sm,
+            dot_block<T>(D, x.p, x.stride, rho, projection.Q.data(), projection.q.data(), S.data(), stride_sm,
                          ahead);
-            if (args.S) {
-                T* const out = static_cast<T*>(args.S) + m * rho_full;
-                if (rho < rho_full) std::memset(out, 0, tokens * rho_full * sizeof(T));
-                for (int64_t i = 0; i < tokens; ++i)
-                    for (int64_t p = 0; p < rho; ++p) out[i * rho_full + columns.column[p]] = S[i * stride_sm + p];
-            }
+            if (args.S)
+                write_S(columns, S.data(), stride_sm, tokens, rho_full, static_cast<T*>(args.S) + m * rho_full);
             for (int64_t tile = 0; tile < tokens; tile += TILE_M) {
                 // Rows that pad the last tile are copies of its last real row and write the same values there.
                 X* rows[TILE_M];
@@ -203,6 +237,7 @@ void forward(const adamss_forward_args& args) {
             }
         }
     });
+    return ADAMSS_UPDATE;
 }
 
 // dC[j] += sum_m dy[m] S[m, index[j]] for TILE_M tokens, laid out like the coefficients.
@@ -230,44 +265,95 @@ void coefficient_grad_tile(int64_t N, const T* const dy[TILE_M], const T* S, int
                 dC[j * c.stride + i] += dy[m][i] * S[m * stride_sm + c.index[j * c.stride + i]];
 }
 
+// Sum `shares` blocks of `size` into the first, in order: the same bits on any number of threads.
+template <class T>
+void add_shares(Buffer<T>& partial, int64_t shares, int64_t size) {
+    T* const total = partial.data();
+    const int64_t span = WORTH_A_THREAD / 8 / shares;
+    parallel_blocks((size + span - 1) / span, [&](int64_t block) {
+        const int64_t end = smaller(size, (block + 1) * span);
+        for (int64_t share = 1; share < shares; ++share)
+            for (int64_t i = block * span; i < end; ++i) total[i] += total[share * size + i];
+    });
+}
+
+// dB from dQ (learning, width) = dS^T P or dS^T x, and then dB = dQ A^T + dq a^T.
+template <class T>
+void write_dB(const adamss_backward_args& args, const Columns& columns, const T* dQ, int64_t width, const T* dq) {
+    const T *const A = static_cast<const T*>(args.A), *const a = static_cast<const T*>(args.a);
+    const int64_t learning = columns.learning;
+    T* const dB = static_cast<T*>(args.dB);
+    std::memset(dB, 0, args.layout.offsets[args.layout.K] * args.R * sizeof(T));
+    for (int64_t p = 0; p < learning && args.P; ++p)
+        std::memcpy(dB + columns.column[p] * args.R, dQ + p * width, args.R * sizeof(T));
+    Buffer<const T*> A_rows(args.R);
+    for (int64_t r = 0; r < args.R; ++r) A_rows[r] = A + r * args.D;
+    const int64_t rows = round_up(larger(1, WORTH_A_THREAD / (learning * args.D + 1)), TILE_P);
+    parallel_blocks(args.P ? 0 : (args.R + rows - 1) / rows, [&](int64_t block) {
+        for_tiles(smaller(rows, args.R - block * rows), [&](auto tile, int64_t first) {
+            constexpr int COLUMNS = decltype(tile)::value;
+            const int64_t r = block * rows + first;
+            for (int64_t p = 0; p < learning; p += TILE_M) {
+                const int64_t count = smaller(TILE_M, learning - p);
+                const T* dQ_rows[TILE_M];
+                for (int64_t i = 0; i < TILE_M; ++i) dQ_rows[i] = dQ + (p + smaller(i, count - 1)) * width;
+                T sums[TILE_M * COLUMNS] = {};
+                dot_tile<T, COLUMNS>(0, args.D, dQ_rows, A_rows.data() + r, sums, COLUMNS);
+                for (int64_t i = 0; i < count; ++i)
+                    for (int j = 0; j < COLUMNS; ++j)
+                        dB[columns.column[p + i] * args.R + r + j] =
+                            sums[i * COLUMNS + j] + (a ? dq[p + i] * a[r + j] : T(0));
+            }
+        });
+    });
+}
+
+// dC at the places of C; `at(p, j, i)` is the gradient of C[i, j], whose compact column is p.
+template <class T, class F>
+void write_dC(const adamss_backward_args& args, const Columns& columns, const F& at) {
+    const adamss_layout& l = args.layout;
+    T* const dC = static_cast<T*>(args.dC);
+    std::memset(dC, 0, l.N * args.r_max * sizeof(T));
+    for (int64_t i = 0; i < l.N; ++i) {
+        const int32_t k = l.row_subspace[i];
+        if (columns.start[k] < 0 || columns.start[k] >= columns.learning) continue;
+        for (int32_t j = 0; j < l.offsets[k + 1] - l.offsets[k]; ++j)
+            dC[i * args.r_max + j] = at(columns.start[k] + j, j, i);
+    }
+}
+
+// Tokens are summed over in fixed shares, so that sums do not depend on the number of threads.
+struct Shares {
+    int64_t tokens, count;  // none of them is empty, but that of no token
+    explicit Shares(int64_t M)
+        : tokens(round_up(larger(1, M / larger(1, smaller(M / 128, 16))), BLOCK_M)),
+          count(larger(1, (M + tokens - 1) / tokens)) {}
+};
+
 template <class T, class X>
-void backward(const adamss_backward_args& args) {
+adamss_status backward(const adamss_backward_args& args) {
     const adamss_layout& l = args.layout;
     const Columns columns(l);
     // Without dx, only the columns that learn matter; they come first.
     const int64_t rho = args.dx ? columns.count : columns.learning, learning = columns.learning;
     const int64_t N = l.N, rho_full = l.offsets[l.K], stride_sm = padded_rho<T>(columns);
-    const T *const A = static_cast<const T*>(args.A), *const a = static_cast<const T*>(args.a);
     const Coefficients<T> coefficients(l, static_cast<const T*>(args.C), args.r_max, columns);
     const auto add_dC = for_rho<T>(columns.count, [](auto held) {
         return coefficient_grad_tile<T, decltype(held)::value>;
     });
 
-    // C^T, dense: dS is one more skinny product, which costs less than gathering dy by subspace.
-    const int64_t stride_ct = row_stride<T>(N);
-    Buffer<T> Ct(rho * stride_ct);
-    Buffer<const T*> Ct_rows(rho);
-    for (int64_t j = 0; j < coefficients.r_max; ++j)
-        for (int64_t i = 0; i < N; ++i) {
-            const T value = coefficients.value[j * coefficients.stride + i];
-            const int64_t p = coefficients.index[j * coefficients.stride + i];
-            // Entries without a column are zero and point at column 0.
-            if (p < rho && value != T(0)) Ct[p * stride_ct + i] = value;
-        }
-    for (int64_t p = 0; p < rho; ++p) Ct_rows[p] = Ct.data() + p * stride_ct;
-
+    const DenseCoefficients<T> Ct(coefficients, rho, N);
     const Columns none(adamss_layout{0, 0, nullptr, l.offsets, nullptr, nullptr});
-    const Projection<T> projection(args.dx ? columns : none, static_cast<const T*>(args.B), A, nullptr, args.R, args.D);
+    const Projection<T> projection(args.dx ? columns : none, static_cast<const T*>(args.B), static_cast<const T*>(args.A), nullptr,
+                                   args.R, args.D);
 
-    // Partial sums over fixed shares of the tokens, added in order: the same bits on any number of threads.
-    const int64_t shares = larger(1, smaller(args.M / 128, 16));
-    const int64_t share_M = round_up((args.M + shares - 1) / shares, BLOCK_M);
+    const Shares shares(args.M);
     const int64_t width = args.P ? args.R : args.D;
     const int64_t size_dQ = args.dB ? learning * width : 0, size_dC = args.dC ? coefficients.r_max * coefficients.stride : 0;
     const int64_t size = size_dQ + learning + size_dC;
-    Buffer<T> partial(shares * size);
+    Buffer<T> partial(shares.count * size);
 
-    parallel_blocks(shares, [&](int64_t share) {
+    parallel_blocks(shares.count, [&](int64_t share) {
         T* const dQ_share = partial.data() + share * size;
         T* const dq_share = dQ_share + size_dQ;
         T* const dC_share = dq_share + learning;
@@ -276,8 +362,8 @@ void backward(const adamss_backward_args& args) {
         Buffer<T> S(DOT_M * stride_sm), dS(BLOCK_M * stride_sm);
         Rows<T, X> dy, x;
 
-        const int64_t end = smaller(args.M, (share + 1) * share_M);
-        for (int64_t begin = share * share_M; begin < end; begin += BLOCK_M) {
+        const int64_t end = smaller(args.M, (share + 1) * shares.tokens);
+        for (int64_t begin = share * shares.tokens; begin < end; begin += BLOCK_M) {
             const int64_t M = smaller(BLOCK_M, end - begin);
             for (int64_t m = 0; m < M; m += DOT_M) {
                 const int64_t tokens = smaller(DOT_M, M - m);
@@ -289,7 +375,7 @@ void backward(const adamss_backward_args& args) {
                 if (args.dB && !args.P)
                     ahead.add(static_cast<const X*>(args.x) + (begin + m) * args.stride_xm, args.stride_xm, tokens);
                 if (args.dx) ahead.add(static_cast<const X*>(args.dx) + (begin + m) * args.D, args.D, tokens);
-                dot_block<T>(N, dy.p, dy.stride, rho, Ct_rows.data(), nullptr, dS.data() + m * stride_sm, stride_sm,
+                dot_block<T>(N, dy.p, dy.stride, rho, Ct.rows.data(), nullptr, dS.data() + m * stride_sm, stride_sm,
                              ahead);
                 if (!args.dC || !learning) continue;
                 for (int64_t i = 0; i < DOT_M; ++i) {
@@ -319,51 +405,13 @@ void backward(const adamss_backward_args& args) {
         }
     });
 
-    // The first share collects the others.
-    T* const total = partial.data();
-    const int64_t span = WORTH_A_THREAD / 8 / shares;
-    parallel_blocks((size + span - 1) / span, [&](int64_t block) {
-        const int64_t end = smaller(size, (block + 1) * span);
-        for (int64_t share = 1; share < shares; ++share)
-            for (int64_t i = block * span; i < end; ++i) total[i] += total[share * size + i];
-    });
-    if (args.dB) {
-        T* const dB = static_cast<T*>(args.dB);
-        std::memset(dB, 0, rho_full * args.R * sizeof(T));
-        for (int64_t p = 0; p < learning && args.P; ++p)
-            std::memcpy(dB + columns.column[p] * args.R, total + p * width, args.R * sizeof(T));
-        // dB = dQ A^T + dq a^T.
-        Buffer<const T*> A_rows(args.R);
-        for (int64_t r = 0; r < args.R; ++r) A_rows[r] = A + r * args.D;
-        const int64_t rows = round_up(larger(1, WORTH_A_THREAD / (learning * args.D + 1)), TILE_P);
-        parallel_blocks(args.P ? 0 : (args.R + rows - 1) / rows, [&](int64_t block) {
-            for_tiles(smaller(rows, args.R - block * rows), [&](auto tile, int64_t first) {
-                constexpr int COLUMNS = decltype(tile)::value;
-                const int64_t r = block * rows + first;
-                for (int64_t p = 0; p < learning; p += TILE_M) {
-                    const int64_t count = smaller(TILE_M, learning - p);
-                    const T* dQ[TILE_M];
-                    for (int64_t i = 0; i < TILE_M; ++i) dQ[i] = total + (p + smaller(i, count - 1)) * width;
-                    T sums[TILE_M * COLUMNS] = {};
-                    dot_tile<T, COLUMNS>(0, args.D, dQ, A_rows.data() + r, sums, COLUMNS);
-                    for (int64_t i = 0; i < count; ++i)
-                        for (int j = 0; j < COLUMNS; ++j)
-                            dB[columns.column[p + i] * args.R + r + j] =
-                                sums[i * COLUMNS + j] + (a ? total[size_dQ + p + i] * a[r + j] : T(0));
-                }
-            });
-        });
-    }
+    add_shares(partial, shares.count, size);
+    if (args.dB) write_dB(args, columns, partial.data(), width, partial.data() + size_dQ);
     if (args.dC) {
-        T* const dC = static_cast<T*>(args.dC);
-        std::memset(dC, 0, N * args.r_max * sizeof(T));
-        for (int64_t i = 0; i < N; ++i) {
-            const int32_t k = l.row_subspace[i];
-            if (columns.start[k] < 0 || columns.start[k] >= learning) continue;
-            for (int32_t j = 0; j < l.offsets[k + 1] - l.offsets[k]; ++j)
-                dC[i * args.r_max + j] = total[size_dQ + learning + j * coefficients.stride + i];
-        }
+        const T* const dC = partial.data() + size_dQ + learning;
+        write_dC<T>(args, columns, [&](int64_t, int64_t j, int64_t i) { return dC[j * coefficients.stride + i]; });
     }
+    return ADAMSS_UPDATE;
 }
 
 }  // namespace ADAMSS_ISA
