@@ -354,4 +354,5 @@ def _require_known_peft() -> None:
             f"peft {peft.__version__}: its AdaMSS layer differs ({', '.join(missing) or 'other parameters'}); "
             f"expected peft {SUPPORTED_PEFT[0]} to {SUPPORTED_PEFT[1]}"
         )
-    logger.warning("peft %s is newer than %s, the last one tested; its AdaMSS looks the same", peft.__version__, last)
+    message = "peft %s is outside of the tested releases, %s to %s; its AdaMSS looks the same"
+    logger.warning(message, peft.__version__, *SUPPORTED_PEFT)

@@ -82,6 +82,7 @@ class ASACallback(TrainerCallback, ExportableState):
         Raises:
             ValueError: The model has no AdaMSS layer or has `use_asa` off, an override is not valid, or the checkpoint
                 has no state of this callback.
+            NotImplementedError: Our layers are sharded by FSDP2.
 
         Warns:
             UserWarning: Training ends before `final_warmup`, so before the last event.
@@ -147,6 +148,11 @@ class _OurLayers:
         self._config = dataclasses.replace(config, **overrides)
         if not config.use_asa:
             raise ValueError("ASACallback: expected AdaMSSConfig.use_asa = True in the model's config, got False")
+        if any(hasattr(layer.B, "device_mesh") for layer in layers.values()):
+            raise NotImplementedError(
+                "ASACallback: expected whole parameters, got sharded ones, whose averages the Trainer would save on one "
+                "rank only; under FSDP2 call a SubspaceAllocator in a training loop of your own"
+            )
         self._allocator = SubspaceAllocator(model, self._config)
         self._allocator.attach(optimizer)
         self._total = sum(layer.layout.num_subspaces for layer in layers.values())
