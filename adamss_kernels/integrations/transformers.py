@@ -150,8 +150,8 @@ class _OurLayers:
             raise ValueError("ASACallback: expected AdaMSSConfig.use_asa = True in the model's config, got False")
         if any(hasattr(layer.B, "device_mesh") for layer in layers.values()):
             raise NotImplementedError(
-                "ASACallback: expected whole parameters, got sharded ones, whose averages the Trainer would save on one "
-                "rank only; under FSDP2 call a SubspaceAllocator in a training loop of your own"
+                "ASACallback: expected whole parameters, got sharded ones, whose averages the Trainer would save on "
+                "one rank only; under FSDP2 call a SubspaceAllocator in a training loop of your own"
             )
         self._allocator = SubspaceAllocator(model, self._config)
         self._allocator.attach(optimizer)
