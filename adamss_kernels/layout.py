@@ -113,11 +113,11 @@ class SubspaceLayout:
         """
         if len(B) != self.num_subspaces or len(C) != self.num_subspaces:
             raise ValueError(f"B, C: expected {self.num_subspaces} matrices each, got {len(B)} and {len(C)}")
-        for k, (B_k, C_k, r_k) in enumerate(zip(B, C, self.ranks, strict=True)):
+        for k, (B_k, C_k, n_k, r_k) in enumerate(zip(B, C, self.sizes, self.ranks, strict=True)):
             if B_k.shape[0] != r_k:
                 raise ValueError(f"B[{k}]: expected {r_k} rows, got shape {tuple(B_k.shape)}")
-            if C_k.shape != (self.sizes[k], r_k):
-                raise ValueError(f"C[{k}]: expected shape {(self.sizes[k], r_k)}, got {tuple(C_k.shape)}")
+            if C_k.shape != (n_k, r_k):
+                raise ValueError(f"C[{k}]: expected shape {(n_k, r_k)}, got {tuple(C_k.shape)}")
         return torch.cat(list(B)), pack_columns(C, self.ragged_index(), self.num_rows, self.r_max)
 
     def unpack(self, B: Tensor, C: Tensor) -> tuple[list[Tensor], list[Tensor]]:

@@ -39,6 +39,9 @@ EXCEPTIONS = {
 }
 """Tests that stock PEFT passes and a fused model does not, each with the reason."""
 
+UNSEEDED = ("test_load_model_low_cpu_mem_usage", "test_load_multiple_adapters")
+"""Tests that load an adapter again: before 0.20, PEFT draws a new row assignment for it, even on the same base."""
+
 _counts = {"models": 0, "fused calls": 0}
 
 
@@ -67,12 +70,17 @@ def pytest_configure(config: object) -> None:
 
 def pytest_collection_modifyitems(items: list) -> None:
     """Mark the listed exceptions as expected failures: one that passes after all is then an error."""
+    import peft
     import pytest
 
+    unseeded = tuple(map(int, peft.__version__.split(".")[:2])) < (0, 20)
     for item in items:
         reason = EXCEPTIONS.get(item.nodeid.removeprefix("tests/"))
         if reason is not None:
             item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
+        elif unseeded and item.originalname in UNSEEDED:
+            # Not strict: by chance the new assignment may have the same sizes.
+            item.add_marker(pytest.mark.xfail(reason="PEFT before 0.20 draws row assignments at random"))
 
 
 def pytest_terminal_summary(terminalreporter: object) -> None:
