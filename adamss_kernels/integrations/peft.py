@@ -336,8 +336,8 @@ def _wrong_rows(name: str, adapter: str, k: int, trained: int, rebuilt: int) -> 
     return ValueError(
         f"{name}: subspace {k} of adapter {adapter!r} was trained on {trained} rows, but PEFT rebuilds the row "
         f"assignment from the base weight, and this base gives it {rebuilt}: it is not the base that the adapter was "
-        "trained on (a rounded copy is enough to differ; before PEFT 0.20, another state of the global random generator "
-        "is), and the update would land on the wrong rows"
+        "trained on (a rounded copy is enough to differ; before PEFT 0.20, so is another state of the global random "
+        "generator), and the update would land on the wrong rows"
     )
 
 
