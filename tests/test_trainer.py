@@ -175,7 +175,7 @@ def test_layer_scope_counts_per_layer_as_the_original_scripts_did(tmp_path):
         ("ours", {"use_asa": False}, {}, r"expected AdaMSSConfig.use_asa = True .* got False"),
         ("fused", {"use_asa": False}, {}, r"expected AdamssConfig.use_asa = True .* got False"),
         ("ours", {}, {"mask_interval": 0}, r"mask_interval = 0: expected an integer >= 1"),
-        ("stock", {}, {"mask_interval": 0}, r"mask_interval"),
+        ("stock", {}, {"mask_interval": 0}, r"mask_interval = 0: expected an integer >= 1"),
         ("fused", {}, {"asa_scope": "layer"}, r"asa_scope: expected only with inject_adamss"),
     ],
 )

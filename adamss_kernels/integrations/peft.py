@@ -347,7 +347,7 @@ def _require_known_peft() -> None:
     found = tuple(int(part) for part in peft.__version__.split(".")[:3] if part.isdigit())
     if first <= found <= last:
         return
-    needed = {"seg_result", "train_subspace_index", "num_subspaces", "exp_avg_ipt_A", "exp_avg_unc_A", "adamss_newB"}
+    needed = {"seg_result", "train_subspace_index", "num_subspaces", "exp_avg_ipt_A", "exp_avg_unc_A"}
     missing = sorted(needed - set(PeftLinear.other_param_names))
     missing += [name for name in ("update_and_allocate", "_schedule_threshold") if not hasattr(AdamssModel, name)]
     if PeftLinear.adapter_layer_names != ("adamss_A", "adamss_B") or missing:

@@ -203,7 +203,8 @@ class _PeftModel:
             raise ValueError("ASACallback: expected AdamssConfig.use_asa = True in an active adapter, got False in all")
         for name in pruned:
             config = tuner.peft_config[name]
-            dataclasses.replace(config, **overrides)  # validates
+            # PEFT before 0.20 takes any value.
+            AdaMSSConfig(use_asa=True, **{field: getattr(config, field) for field in _FIELDS} | dict(overrides))
             for field, value in overrides.items():
                 setattr(config, field, value)
         self._adapters = pruned
