@@ -3,6 +3,7 @@
 from .asa import SubspaceAllocator
 from .checkpoint import BaseWeightWarning, load_adapter, save_adapter
 from .config import AdaMSSConfig
+from .formats import export_lora, export_peft
 from .functional import adamss_linear
 from .layout import SubspaceLayout
 from .linear import FusedAdaMSSLinear
@@ -17,6 +18,8 @@ __all__ = [
     "SubspaceLayout",
     "adamss_linear",
     "available_backends",
+    "export_lora",
+    "export_peft",
     "inject_adamss",
     "load_adapter",
     "save_adapter",
