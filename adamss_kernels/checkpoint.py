@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .atomic import replace_file
 from .config import AdaMSSConfig
 from .decompose import Decomposition, decompose
 from .layout import SubspaceLayout
@@ -312,27 +311,3 @@ def _whole(tensor: Any) -> Any:
 def augmented(weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return [weight | bias], the matrix that is decomposed."""
     return weight.detach() if bias is None else torch.cat((weight.detach(), bias.detach()[:, None]), dim=1)
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file so that `path` holds either its old or its complete new content, also after a power cut."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    os.close(handle)
-    try:
-        write(Path(temporary))
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        # mkstemp makes files private; a checkpoint is as readable as other files here.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import SAME_BASIS, augmented, is_writer, replace_file, wait_for_writer
+from .atomic import replace_file
+from .checkpoint import SAME_BASIS, augmented, is_writer, wait_for_writer
 from .config import AdaMSSConfig
 from .decompose import Decomposition, decompose
 from .importance import full_tensor
