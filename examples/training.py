@@ -268,7 +268,7 @@ def _as_text(report: dict[str, Any], output_dir: Path) -> str:
     lines += [
         "",
         f"{report['metric']}: {report['final']:.4f} at the end, {report['best']:.4f} at best",
-        f"trained: {sizes['adapter']:,} adapter parameters ({share:.3%} of the model), {sizes['head']:,} head parameters",
+        f"trained: {sizes['adapter']:,} adapter parameters ({share:.3%} of the model), {sizes['head']:,} in the head",
         f"subspaces still trained at the end: {subspaces['still_trained']} of {subspaces['total']}",
         f"adapter: {output_dir / 'adapter'}, report: {output_dir / REPORT_FILE}",
     ]
