@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
-import math
 import os
 import warnings
 import weakref
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import AdaMSSConfig
-from .importance import ImportanceBank, RowStack, build_banks, full_tensor
+from .importance import ImportanceBank, RowStack, accumulate, build_banks, full_tensor, measure
 from .model import adamss_layers, unwrap
 
 logger = logging.getLogger(__name__)
@@ -240,23 +238,13 @@ class SubspaceAllocator:
                 "update_and_allocate: no adapted parameter has a gradient; call it after optimizer.step() and before "
                 "optimizer.zero_grad()"
             )
-        home = banks[0].device
-        # A sum that is not finite stays so in every sum that contains it.
-        total = functools.reduce(torch.add, (bank.measure().to(home, non_blocking=True) for bank in banks))
+        total = measure(banks)
         if self._found_inf is not None:
             # A fused optimizer under GradScaler runs its hooks also when it skips.
-            total = torch.where(self._found_inf.to(home, non_blocking=True) == 0, total, torch.nan)
+            total = torch.where(self._found_inf.to(total.device, non_blocking=True) == 0, total, torch.nan)
         for stack in {stack.sharding: stack for stack in self._stacks()}.values():
             total = stack.reduce(total)
-        if home.type == "cpu":
-            if math.isfinite(total.item()):
-                for bank in banks:
-                    bank.accumulate(None)
-        else:
-            # Decided on the device: a read-back would stall it at every step.
-            valid = torch.isfinite(total)
-            for bank in banks:
-                bank.accumulate(valid.to(bank.device, non_blocking=True))
+        accumulate(banks, total)
         self._scored_steps += 1
 
     def _allocate(self, step: int) -> None:

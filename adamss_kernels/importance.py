@@ -9,6 +9,7 @@ stacks of a device at once: they are parts of an `ImportanceBank`.
 from __future__ import annotations
 
 import functools
+import math
 from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -24,10 +25,10 @@ _CPU_BLOCK = 2**15
 
 
 class Member(NamedTuple):
-    """One trainable matrix: parameter `which` ("B" or "C") of the layer called `name`."""
+    """One trainable matrix: parameter `which` ("B" or "C", or a PEFT list's number) of the module called `name`."""
 
     name: str
-    layer: FusedAdaMSSLinear
+    layer: nn.Module
     which: str
 
     @property
@@ -43,6 +44,10 @@ class Member(NamedTuple):
         return parameter
 
 
+Part = tuple[Member, Tensor, Tensor]
+"""A member, and of each of its rows over all ranks the subspace (int64) and the weight in the subspace's mean."""
+
+
 def build_banks(layers: Mapping[str, FusedAdaMSSLinear], betas: tuple[float, float]) -> list[ImportanceBank]:
     """Stack B and C of all `layers` by device, dtype, row length and sharding; one bank per device and dtype.
 
@@ -53,7 +58,7 @@ def build_banks(layers: Mapping[str, FusedAdaMSSLinear], betas: tuple[float, flo
     Raises:
         NotImplementedError: A parameter is sharded along another dimension than 0.
     """
-    parts: dict[Any, list[tuple[Member, Tensor, Tensor]]] = {}
+    parts: list[Part] = []
     first = 0
     for name, layer in layers.items():
         ranks = torch.tensor(layer.layout.ranks)
@@ -64,16 +69,47 @@ def build_banks(layers: Mapping[str, FusedAdaMSSLinear], betas: tuple[float, flo
             ("B", of_B, ranks * layer.basis.shape[0]),
             ("C", row_subspace, ranks * sizes),
         ):
-            member = Member(name, layer, which)
-            key = _stack_key(member)
-            part = (member, owner + first, 1 / elements.double()[owner])
-            parts.setdefault(key, []).append(part)
+            parts.append((Member(name, layer, which), owner + first, 1 / elements.double()[owner]))
         first += len(ranks)
+    return stack_banks(parts, first, betas)
+
+
+def stack_banks(parts: Sequence[Part], num_subspaces: int, betas: tuple[float, float]) -> list[ImportanceBank]:
+    """Stack `parts` by device, dtype, row length and sharding; one bank per device and dtype.
+
+    Raises:
+        NotImplementedError: A parameter is sharded along another dimension than 0.
+    """
+    alike: dict[Any, list[Part]] = {}
+    for part in parts:
+        alike.setdefault(_stack_key(part[0]), []).append(part)
     banks: dict[Any, list[RowStack]] = {}
-    for same_rows in parts.values():
-        stack = RowStack(same_rows, first)
+    for same_rows in alike.values():
+        stack = RowStack(same_rows, num_subspaces)
         banks.setdefault((stack.device, stack.dtype), []).append(stack)
     return [ImportanceBank(stacks, betas) for stacks in banks.values()]
+
+
+def measure(banks: Sequence[ImportanceBank]) -> Tensor:
+    """Compute |w * g| in all `banks` and return its sum over this rank, 0-dim, on the first one's device.
+
+    A sum that is not finite stays so in every sum that contains it, so it tells of the whole step.
+    """
+    home = banks[0].device
+    return functools.reduce(torch.add, (bank.measure().to(home, non_blocking=True) for bank in banks))
+
+
+def accumulate(banks: Sequence[ImportanceBank], total: Tensor) -> None:
+    """Let the averages of all `banks` take in what `measure` computed, unless its sum `total` is not finite."""
+    if total.device.type == "cpu":
+        if math.isfinite(total.item()):
+            for bank in banks:
+                bank.accumulate(None)
+        return
+    # Decided on the device: a read-back would stall it at every step.
+    valid = torch.isfinite(total)
+    for bank in banks:
+        bank.accumulate(valid.to(bank.device, non_blocking=True))
 
 
 class RowStack:
@@ -94,7 +130,7 @@ class RowStack:
     measured: Tensor
     scratch: Tensor
 
-    def __init__(self, parts: Sequence[tuple[Member, Tensor, Tensor]], num_subspaces: int) -> None:
+    def __init__(self, parts: Sequence[Part], num_subspaces: int) -> None:
         """Stack `parts`: members, each with the subspace and the weight in its mean of every row, over all ranks."""
         self.members = [member for member, _, _ in parts]
         self._num_subspaces = num_subspaces

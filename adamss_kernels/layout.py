@@ -90,6 +90,17 @@ class SubspaceLayout:
         """Return the rows that subspace k owns: (n_k,) int64, ascending (a synchronisation on a GPU)."""
         return (self.row_subspace == k).nonzero().squeeze(1)
 
+    @property
+    def sizes(self) -> list[int]:
+        """n_k, how many rows each subspace owns (a synchronisation on a GPU)."""
+        return torch.bincount(self.row_subspace, minlength=self.num_subspaces).tolist()
+
+    def ragged_index(self) -> Tensor:
+        """Return (sum of n_k r_k,) int64: where the entries of the ragged C, one after another, lie in C.view(-1)."""
+        columns = (torch.arange(r_k, device=self.row_subspace.device) for r_k in self.ranks)
+        places = [(self.rows(k)[:, None] * self.r_max + j).view(-1) for k, j in enumerate(columns)]
+        return torch.cat(places)
+
     def pack(self, B: Sequence[Tensor], C: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Pack ragged per-subspace matrices (PEFT's `adamss_A` and `adamss_B`) into B (RHO, R) and C (N, r_max).
 
@@ -102,20 +113,26 @@ class SubspaceLayout:
         """
         if len(B) != self.num_subspaces or len(C) != self.num_subspaces:
             raise ValueError(f"B, C: expected {self.num_subspaces} matrices each, got {len(B)} and {len(C)}")
-        packed = C[0].new_zeros(self.num_rows, self.r_max)
         for k, (B_k, C_k, r_k) in enumerate(zip(B, C, self.ranks, strict=True)):
-            rows = self.rows(k)
             if B_k.shape[0] != r_k:
                 raise ValueError(f"B[{k}]: expected {r_k} rows, got shape {tuple(B_k.shape)}")
-            if C_k.shape != (len(rows), r_k):
-                raise ValueError(f"C[{k}]: expected shape {(len(rows), r_k)}, got {tuple(C_k.shape)}")
-            packed[rows, :r_k] = C_k
-        return torch.cat(list(B)), packed
+            if C_k.shape != (self.sizes[k], r_k):
+                raise ValueError(f"C[{k}]: expected shape {(self.sizes[k], r_k)}, got {tuple(C_k.shape)}")
+        return torch.cat(list(B)), pack_columns(C, self.ragged_index(), self.num_rows, self.r_max)
 
     def unpack(self, B: Tensor, C: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Split packed B (RHO, R) and C (N, r_max) into K matrices (r_k, R) and K matrices (n_k, r_k)."""
         ragged_C = [C[self.rows(k), :r_k] for k, r_k in enumerate(self.ranks)]
         return list(B.split(list(self.ranks))), ragged_C
+
+
+def pack_columns(C: Sequence[Tensor], ragged_index: Tensor, N: int, r_max: int) -> Tensor:
+    """Return the packed C (N, r_max) of K ragged matrices (n_k, r_k), differentiably; see `ragged_index`."""
+    if all(C_k.shape[1] == r_max for C_k in C):
+        flat = torch.cat(list(C)).view(-1)
+    else:
+        flat = torch.cat([C_k.reshape(-1) for C_k in C])
+    return flat.new_zeros(N * r_max).scatter_(0, ragged_index, flat).view(N, r_max)
 
 
 def gather_index(row_subspace: Tensor, offsets: Tensor, r_max: int) -> Tensor:
