@@ -25,6 +25,8 @@ ARGUMENTS_FILE = "arguments.json"
 REPORT_FILE = "report.json"
 # What may change between a run and its continuation.
 _FREE_ARGUMENTS = ("output_dir", "progress")
+# What transformers calls queries and values; it differs between models and between its versions.
+_QUERY_VALUE = (["query", "value"], ["q_proj", "v_proj"], ["q_lin", "v_lin"], ["q", "v"])
 
 
 def parse_arguments(
@@ -41,7 +43,7 @@ def parse_arguments(
     add("--adamss_r", type=int, help="rank R of the SVD basis")
     add("--adamss_k", type=int, help="subspaces K per layer")
     add("--adamss_ri", type=int, help="rank r_k of each subspace")
-    add("--target_modules", nargs="+", default=["query", "value"], help="name suffixes of the layers to adapt")
+    add("--target_modules", nargs="+", help="name suffixes of the layers to adapt (default: queries and values)")
     add("--use_asa", action="store_true", help="train ever fewer subspaces")
     add("--target_kk", type=int, help="subspaces still trained at the end (see --asa_scope)")
     add("--asa_scope", choices=("layer", "global"), default="layer", help="what --target_kk counts in")
@@ -99,7 +101,7 @@ def fine_tune(
         r=args.adamss_r,
         num_subspaces=args.adamss_k,
         subspace_rank=args.adamss_ri,
-        target_modules=args.target_modules,
+        target_modules=args.target_modules or query_and_value(model),
         modules_to_save=[head],
         use_asa=args.use_asa,
         asa_target_subspaces=args.target_kk,
@@ -135,6 +137,15 @@ def fine_tune(
     replace_file(args.output_dir / REPORT_FILE, lambda path: path.write_text(text + "\n"))
     print(_as_text(report, args.output_dir))
     return report
+
+
+def query_and_value(model: nn.Module) -> list[str]:
+    """Return what the query and value projections are called in `model`."""
+    endings = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    for names in _QUERY_VALUE:
+        if endings.issuperset(names):
+            return names
+    raise SystemExit(f"--target_modules: found none of {_QUERY_VALUE} in this model; name the layers to adapt")
 
 
 class AdapterTrainer(Trainer):
@@ -237,7 +248,8 @@ def _report(args: argparse.Namespace, model: nn.Module, history: list[dict[str, 
         if "eval_loss" in entry:
             values = {key.removeprefix("eval_"): value for key, value in entry.items() if key.startswith("eval_")}
             timeless = {k: v for k, v in values.items() if k != "runtime" and not k.endswith("per_second")}
-            epochs.append({"epoch": round(entry["epoch"], 6), **timeless})
+            active = {"active_subspaces": entry["asa/active"]} if "asa/active" in entry else {}
+            epochs.append({"epoch": round(entry["epoch"], 6), **timeless, **active})
     metric = next(key for key in epochs[-1] if key not in ("epoch", "loss"))
     layers = adamss_layers(model).values()
     return {
