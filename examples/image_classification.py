@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +51,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     set_seed(args.seed)
     train, evaluation, labels = splits(load(args.dataset_name), args)
     processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
-    size = processor.size["height"]
-    for part, augment in ((train, not args.no_augmentation), (evaluation, False)):
-        column = next((c for c in ("image", "img") if c in part.column_names), None)
-        if column is None:
-            raise SystemExit(f"--dataset_name {args.dataset_name}: has no column 'image' among {part.column_names}")
-        part.set_transform(transformation(column, size, processor.image_mean, processor.image_std, augment))
+    train, evaluation = (
+        Images(part, processor, None if part is evaluation or args.no_augmentation else args.seed)
+        for part in (train, evaluation)
+    )
     model = AutoModelForImageClassification.from_pretrained(
         args.model_name_or_path,
         id2label=dict(enumerate(labels)),
@@ -82,27 +80,54 @@ def load(name: str) -> Any:
     return datasets.load_dataset("imagefolder", data_dir=name)
 
 
-def transformation(
-    column: str, size: int, mean: Sequence[float], std: Sequence[float], augment: bool
-) -> Callable[[dict[str, list[Any]]], dict[str, list[Any]]]:
-    """Return the function that makes pixels (3, size, size), and on request varies them, when examples are read."""
-    shift, scale = (torch.tensor(list(values))[:, None, None] for values in (mean, std))
+class Images(torch.utils.data.Dataset):
+    """Images as pixels (3, size, size) with their labels, varied in training.
 
-    def pixels(image: Any) -> Tensor:
-        image = image.convert("RGB")
-        image = varied(image, size) if augment else centred(image, size)
-        return (torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 - shift) / scale
+    How an image is varied follows from the seed, the epoch and its index, and not from a generator that goes on from
+    image to image: a run that is continued in the middle of an epoch must see what the unbroken one would have seen,
+    although data are read ahead.
+    """
 
-    return lambda batch: {"pixel_values": [pixels(i) for i in batch[column]], "labels": batch["label"]}
+    def __init__(self, part: Any, processor: Any, seed: int | None) -> None:
+        """Take a part of a data set and the model's image processor; a seed of None leaves the images as they are."""
+        column = next((name for name in ("image", "img") if name in part.column_names), None)
+        if column is None:
+            raise SystemExit(f"--dataset_name: has no column 'image' among {part.column_names}")
+        self.part, self.column, self.seed, self.epoch = part, column, seed, 0
+        self.size = processor.size["height"]
+        self.mean, self.std = (
+            torch.tensor(list(v))[:, None, None] for v in (processor.image_mean, processor.image_std)
+        )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Vary the images in another way from now on."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.part)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.part[index]
+        image = row[self.column].convert("RGB")
+        if self.seed is None:
+            image = centred(image, self.size)
+        else:
+            chance = np.random.default_rng((self.seed, self.epoch, index))
+            image = varied(image, self.size, chance.random(5).tolist())
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+        return {"pixel_values": (pixels - self.mean) / self.std, "labels": row["label"]}
 
 
-def varied(image: Any, size: int) -> Any:
+def varied(image: Any, size: int, chance: Sequence[float]) -> Any:
     """Cut out 8 % to 100 % of the area at a ratio of 3:4 to 4:3, resize it, and mirror every other one.
 
-    All chance comes from torch's generator, whose state is part of a checkpoint.
+    Args:
+        image: Of any size.
+        size: Of the result, in both directions.
+        chance: Five numbers in [0, 1): for area, ratio, place (x and y) and mirroring.
     """
     width, height = image.size
-    area, ratio, x, y, mirror = torch.rand(5).tolist()
+    area, ratio, x, y, mirror = chance
     area = width * height * (0.08 + 0.92 * area)
     ratio = math.exp(math.log(4 / 3) * (2 * ratio - 1))
     w, h = min(width, math.sqrt(area * ratio)), min(height, math.sqrt(area / ratio))

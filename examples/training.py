@@ -60,7 +60,7 @@ def parse_arguments(
     add("--seed", type=int, default=0)
     add("--max_train_samples", type=int, help="train on the first so many examples")
     add("--max_eval_samples", type=int, help="evaluate on the first so many examples")
-    add("--save_steps", type=int, help="optimizer steps between checkpoints (default: one per epoch)")
+    add("--save_steps", type=int, help="checkpoints also every so many optimizer steps")
     add("--no_progress", dest="progress", action="store_false", help="no progress bars")
     parser.set_defaults(**defaults)
     return parser.parse_args(argv)
@@ -114,6 +114,10 @@ def fine_tune(
     )
     inject_adamss(model, config, progress=args.progress)
     callbacks: list[TrainerCallback] = [ASACallback()] if args.use_asa else []
+    if hasattr(train, "set_epoch"):
+        callbacks.append(TellEpoch(train))
+    if args.save_steps:
+        callbacks.append(SaveWithinEpochs(args.save_steps))
     # Last, so that the mark comes after whatever the others write into the checkpoint.
     callbacks.append(MarkComplete())
     trainer = AdapterTrainer(
@@ -178,6 +182,30 @@ class AdapterTrainer(Trainer):
         load_adapter(model or self.model, resume_from_checkpoint)
 
 
+class TellEpoch(TrainerCallback):
+    """Tells a data set which epoch begins, also where a run is continued in the middle of one."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def on_epoch_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called before the first batch is read."""
+        self.data.set_epoch(state.global_step * args.num_train_epochs // state.max_steps)
+
+
+class SaveWithinEpochs(TrainerCallback):
+    """Asks for a checkpoint every so many steps, but not at the end of an epoch, where one follows the evaluation."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called after every optimizer step."""
+        ends_epoch = state.global_step * args.num_train_epochs % state.max_steps == 0
+        if state.global_step % self.steps == 0 and not ends_epoch:
+            control.should_save = True
+
+
 class MarkComplete(TrainerCallback):
     """Marks a checkpoint as complete once all of it is on the disk; what is not marked is never continued from."""
 
@@ -228,8 +256,8 @@ def _training_arguments(args: argparse.Namespace) -> TrainingArguments:
         warmup_steps=args.warmup_ratio,
         eval_strategy="epoch",
         logging_strategy="epoch",
-        save_strategy="steps" if args.save_steps else "epoch",
-        save_steps=args.save_steps or 500,
+        # After the evaluation, so that its metrics are in the checkpoint.
+        save_strategy="epoch",
         # The one before stays until the new one is complete.
         save_total_limit=2,
         seed=args.seed,
