@@ -253,9 +253,7 @@ def _exportable_layers(model: nn.Module) -> dict[str, FusedAdaMSSLinear]:
     for name, module in root.named_modules(remove_duplicate=False):
         if isinstance(module, FusedAdaMSSLinear) and name not in layers:
             first = next(n for n, layer in layers.items() if layer is module)
-            raise ValueError(
-                f"{name}: is the same module as {first!r}; PEFT would adapt only the first of the two names"
-            )
+            raise ValueError(f"{name}: is the same module as {first!r}; PEFT would adapt it under one name only")
     return layers
 
 
