@@ -192,7 +192,7 @@ def test_images_are_cut_to_the_models_size_and_varied_by_seed_epoch_and_index_al
     class Processor:
         size, image_mean, image_std = {"height": 16}, (0.5,) * 3, (0.5,) * 3
 
-    picture = Image.linear_gradient("L").resize((40, 30))
+    picture = Image.fromarray(torch.randint(0, 256, (30, 40), dtype=torch.uint8).numpy())
     part = datasets.Dataset.from_dict({"image": [picture] * 2, "label": [0, 1]})
     images = Images(part, Processor, seed=0)
     first, second = images[0]["pixel_values"], images[1]["pixel_values"]
