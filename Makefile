@@ -6,13 +6,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-peft lint bench clean
 
 demo: $(STAMP)
 	$(BIN)/adamss-kernels demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# PEFT's own AdaMSS tests on fused models, with the installed release and with the first one that has AdaMSS.
+test-peft: $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable ".[peft-tests]"
+	$(BIN)/python tests/peft_suite.py
+	$(BIN)/python tests/peft_suite.py --version 0.19.0
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -20,7 +20,7 @@ from .config import AdaMSSConfig
 from .decompose import Decomposition, decompose
 from .layout import SubspaceLayout
 from .linear import FusedAdaMSSLinear
-from .model import adamss_layers, modules_to_save, replace_modules, unwrap
+from .model import adamss_layers, modules_to_save, plain_linear, replace_modules, unwrap
 from .sketch import relative_difference, sketch
 
 TENSORS_FILE = "adapter.safetensors"
@@ -198,7 +198,7 @@ def _load_layer(model: nn.Module, name: str, checkpoint: _Checkpoint, strict: bo
     weight: Tensor
     bias: Tensor | None
     if type(module) is nn.Linear:
-        weight, bias = module.weight, module.bias
+        weight, bias = plain_linear(name, module).weight, module.bias
     elif isinstance(module, FusedAdaMSSLinear):
         weight, bias = module.base_parameters()
         weight = nn.Parameter(weight.to(module.weight.device), requires_grad=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 
 from .config import AdaMSSConfig
@@ -30,7 +31,8 @@ def inject_adamss(model: nn.Module, config: AdaMSSConfig, *, progress: bool = Tr
 
     Raises:
         ValueError: A pattern matches nothing, or `model` is itself the linear layer.
-        TypeError: A target is not exactly an `nn.Linear`, so that its forward cannot be replaced safely.
+        TypeError: A target is not exactly an `nn.Linear` (but a subclass, a `Conv1D`, a quantised layer), so that its
+            forward cannot be replaced safely, or its weight is quantised or sharded. The message names it.
     """
     from tqdm.auto import tqdm
 
@@ -140,10 +142,7 @@ def _targets(model: nn.Module, config: AdaMSSConfig) -> dict[str, nn.Linear]:
             continue
         if not _in_layers(name, config):
             continue
-        if type(module) is not nn.Linear:
-            kind = f"{type(module).__module__}.{type(module).__qualname__}"
-            raise TypeError(f"target_modules: {name!r} is a {kind}; only torch.nn.Linear itself can be adapted")
-        targets[name] = module
+        targets[name] = plain_linear(name, module)
     if not targets:
         candidates = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if type(m) is nn.Linear})
         raise ValueError(
@@ -151,6 +150,33 @@ def _targets(model: nn.Module, config: AdaMSSConfig) -> dict[str, nn.Linear]:
             f"no linear layer; names of linear layers in this model end in {candidates}"
         )
     return targets
+
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def plain_linear(name: str, module: nn.Module) -> nn.Linear:
+    """Return `module` if it is a linear layer that can be adapted.
+
+    Raises:
+        TypeError: It is not exactly an `nn.Linear`, or its weight is not a plain floating-point parameter (but
+            quantised, sharded, or computed from others).
+    """
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    if type(module) is not nn.Linear:
+        raise TypeError(f"target_modules: {name!r} is a {kind}; only torch.nn.Linear itself can be adapted")
+    weight: object = module.weight
+    if type(weight) is not nn.Parameter:
+        raise TypeError(
+            f"target_modules: the weight of {name!r} is a {type(weight).__module__}.{type(weight).__qualname__}; only "
+            "a plain torch.nn.Parameter can be adapted, so adapt the model before it is quantised or sharded"
+        )
+    if weight.dtype not in _DTYPES:
+        raise TypeError(
+            f"target_modules: the weight of {name!r} is of dtype {weight.dtype}; expected one of {_DTYPES}, so adapt "
+            "the model before it is quantised"
+        )
+    return module
 
 
 def _matches(name: str, config: AdaMSSConfig) -> bool:

@@ -63,6 +63,26 @@ assert main(["info"]) == 0
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "library"),
+    [("ASACallback", "transformers"), ("apply_adamss_kernels", "peft"), ("revert_adamss_kernels", "peft")],
+)
+def test_a_name_that_needs_a_missing_library_says_which_extra_brings_it(name, library):
+    run(
+        f"""
+import sys
+sys.modules[{library!r}] = None
+import adamss_kernels
+try:
+    from adamss_kernels import {name}
+except ImportError as error:
+    assert "{name} needs {library}" in str(error) and "adamss-kernels[hf]" in str(error), error
+else:
+    raise AssertionError("imported")
+"""
+    )
+
+
 def test_importing_the_package_queries_no_device():
     run(
         """

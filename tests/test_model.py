@@ -101,6 +101,58 @@ def test_a_target_that_is_no_plain_linear_is_refused_by_name():
     assert adapted(inject_adamss(model, config(), progress=False)) == {"query.a"}
 
 
+def test_a_conv1d_is_refused_by_name():
+    transformers = pytest.importorskip("transformers")
+    model = nn.ModuleDict({"attn": nn.ModuleDict({"c_attn": transformers.pytorch_utils.Conv1D(9, 3)})})
+    with pytest.raises(TypeError, match=r"'attn.c_attn' is a transformers.pytorch_utils.Conv1D; only torch.nn.Linear"):
+        inject_adamss(model, config(target_modules=["c_attn"]), progress=False)
+
+
+class Quantised(torch.Tensor):
+    """A weight that computes in its own way, as quantisation libraries make it."""
+
+
+@pytest.mark.parametrize(
+    ("quantise", "message"),
+    [
+        (
+            lambda linear: torch.ao.nn.quantized.dynamic.Linear(12, 12),
+            r"'query' is a torch.ao.nn.quantized.dynamic.*Linear; only torch.nn.Linear itself",
+        ),
+        (
+            lambda linear: setattr(linear, "weight", nn.Parameter(linear.weight.data.as_subclass(Quantised))),
+            r"the weight of 'query' is a .*Quantised; only a plain torch.nn.Parameter",
+        ),
+        (
+            lambda linear: setattr(linear, "weight", nn.Parameter(linear.weight.data.to(torch.int8), False)),
+            r"the weight of 'query' is of dtype torch.int8; expected one of",
+        ),
+    ],
+)
+def test_a_quantised_linear_is_refused_by_name(quantise, message):
+    block = Block()
+    block.query = quantise(block.query) or block.query
+    with pytest.raises(TypeError, match=message):
+        inject_adamss(block, config(target_modules=["query", "value"]), progress=False)
+    assert not adapted(block)
+
+
+def test_a_tied_weight_stays_tied_and_merging_leaves_its_other_owner_alone():
+    model = nn.ModuleDict({"embed": nn.Embedding(10, 12), "head": nn.Linear(12, 10, bias=False)})
+    model.head.weight = model.embed.weight
+    inject_adamss(model, config(target_modules=["head"]), progress=False)
+    assert model.head.weight is model.embed.weight
+    before = model.embed.weight.clone()
+    x = torch.randn(3, 12)
+    nn.init.normal_(model.head.C)
+    expected = model.head(x)
+    model.head.merge()
+    assert torch.equal(model.embed.weight, before)
+    torch.testing.assert_close(model.head(x), expected)
+    model.head.unmerge()
+    assert torch.equal(model.head.weight, before)
+
+
 def test_a_failure_half_way_changes_nothing():
     model = Model()
     model.layers[2].dense.weight.data[0, 0] = float("nan")

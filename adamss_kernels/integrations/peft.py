@@ -234,8 +234,8 @@ def apply_adamss_kernels(model: nn.Module, *, asa_compat: str | None = "peft", b
 
     The layers change their class and nothing else: parameters, names, state dict, checkpoints and every PEFT method
     (`disable_adapter`, `merge_adapter`, `set_adapter`, `add_adapter`, ...) stay as they are, optimizers stay valid, and
-    stock PEFT loads what is saved. What PEFT adds to the model later is fused too. Layers whose base is not exactly an
-    `nn.Linear`, or which has hooks, keep computing what stock PEFT computes.
+    stock PEFT loads what is saved. What PEFT adds to the model later is fused too. A layer whose base is not exactly
+    an `nn.Linear`, has hooks, or has a quantised or sharded weight, keeps computing what stock PEFT computes.
 
     Args:
         model: A `PeftModel`, or a model into which PEFT has injected AdaMSS layers; changed in place.
@@ -307,9 +307,10 @@ def _fuse_layer(name: str, layer: Any, backend: str) -> None:
 
 
 def _is_bare_linear(base: Any) -> bool:
-    """Whether calling `base` computes x W^T + bias and nothing else."""
+    """Whether calling `base` computes x W^T + bias with a plain W, and nothing else."""
     return type(base) is nn.Linear and not (
-        base._forward_hooks
+        type(base._parameters["weight"]) is not nn.Parameter
+        or base._forward_hooks
         or base._forward_pre_hooks
         or base._backward_hooks
         or base._backward_pre_hooks
