@@ -21,7 +21,7 @@ from .decompose import Decomposition, decompose
 from .importance import full_tensor
 from .layout import SubspaceLayout, block_diagonal, column_mask
 from .linear import FusedAdaMSSLinear
-from .model import adamss_layers, modules_to_save, replace_modules, unwrap
+from .model import adamss_layers, modules_to_save, plain_linear, replace_modules, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -181,6 +181,7 @@ def import_peft(model: nn.Module, directory: str | os.PathLike[str], *, progress
         FileNotFoundError: A file is missing.
         ValueError: The checkpoint is not PEFT's AdaMSS, does not fit the model, or was trained on another base weight;
             the message names the layer. Nothing is changed.
+        TypeError: A layer is not exactly an `nn.Linear`, or its weight is quantised or sharded.
     """
     from safetensors.torch import load_file
     from tqdm.auto import tqdm
@@ -372,11 +373,9 @@ def _imported_layer(
 ) -> FusedAdaMSSLinear:
     """Build the layer that replaces the linear layer `name`, after checking that its rows can be rebuilt."""
     try:
-        linear = model.get_submodule(name)
+        linear = plain_linear(name, model.get_submodule(name))
     except AttributeError:
         raise ValueError(f"{name}: the checkpoint adapts this module, which the model does not have") from None
-    if type(linear) is not nn.Linear:
-        raise ValueError(f"{name}: expected an nn.Linear, got {type(linear).__qualname__}")
     # The rows do not depend on the ranks, which come from the file.
     rebuilding = dataclasses.replace(config, subspace_rank=1, use_dynamic_rank=False)
     rebuilt = decompose(linear.weight, linear.bias, rebuilding, name=name)

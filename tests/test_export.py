@@ -281,7 +281,11 @@ def test_a_damaged_checkpoint_of_peft_is_refused_by_name(tmp_path):
         with pytest.raises(ValueError, match=message):
             import_peft(model, tmp_path, progress=False)
         assert not adamss_layers(model)
-    export_lora(trained(), tmp_path / "lora")
+    adapted = trained()
+    peft_trained().save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="only torch.nn.Linear itself can be adapted"):
+        import_peft(adapted, tmp_path, progress=False)
+    export_lora(adapted, tmp_path / "lora")
     with pytest.raises(ValueError, match="type 'LORA', expected 'ADAMSS'"):
         import_peft(base(), tmp_path / "lora")
     with pytest.raises(FileNotFoundError, match=r"adapter_config\.json"):
