@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from .asa import SubspaceAllocator
 from .checkpoint import BaseWeightWarning, load_adapter, save_adapter
 from .config import AdaMSSConfig
+from .formats import export_lora, export_peft
 from .functional import adamss_linear
 from .layout import SubspaceLayout
 from .linear import FusedAdaMSSLinear
@@ -26,6 +27,8 @@ __all__ = [
     "adamss_linear",
     "apply_adamss_kernels",
     "available_backends",
+    "export_lora",
+    "export_peft",
     "inject_adamss",
     "load_adapter",
     "revert_adamss_kernels",

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .atomic import replace_file
 from .config import AdaMSSConfig
 from .decompose import Decomposition, decompose
 from .layout import SubspaceLayout
@@ -62,7 +61,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, compact
     """
     from safetensors.torch import save_file
 
-    writes, model = _is_writer(model), unwrap(model)
+    writes, model = is_writer(model), unwrap(model)
     layers = adamss_layers(model)
     if not layers:
         raise ValueError("model: has no FusedAdaMSSLinear; adapt it with inject_adamss first")
@@ -88,9 +87,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, compact
         }
         stored: dict[str, Tensor | None] = {key: _whole(getattr(layer, key)) for key in _STORED}
         weight, bias = layer.base_parameters()
-        stored["base_sketch"] = sketch(_augmented(_whole(weight), _whole(bias)))
+        stored["base_sketch"] = sketch(augmented(_whole(weight), _whole(bias)))
         if compact:
-            stored["basis_sketch"] = sketch(_augmented(layer.basis, layer.basis_bias))
+            stored["basis_sketch"] = sketch(augmented(layer.basis, layer.basis_bias))
             stored["basis"] = stored["basis_bias"] = None
         tensors |= {f"layers.{name}.{key}": t for key, t in stored.items() if t is not None}
     for name, module in modules_to_save(model, config).items():
@@ -103,12 +102,10 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, compact
     directory = Path(directory)
     if writes:
         directory.mkdir(parents=True, exist_ok=True)
-        _replace_file(directory / HEADER_FILE, lambda path: path.write_text(text + "\n"))
+        replace_file(directory / HEADER_FILE, lambda path: path.write_text(text + "\n"))
         metadata = {"adamss_kernels": text}
-        _replace_file(directory / TENSORS_FILE, lambda path: save_file(tensors, path, metadata=metadata))
-    mesh = _device_mesh(model)
-    for dim in range(0 if mesh is None else mesh.ndim):
-        torch.distributed.barrier(group=mesh.get_group(dim))
+        replace_file(directory / TENSORS_FILE, lambda path: save_file(tensors, path, metadata=metadata))
+    wait_for_writer(model)
     return directory / TENSORS_FILE
 
 
@@ -215,7 +212,7 @@ def _load_layer(model: nn.Module, name: str, checkpoint: _Checkpoint, strict: bo
         )
         raise ValueError(f"{name}: the adapter was trained on a weight of shape {expected}, got {got}")
 
-    _check_base(name, sketch(_augmented(weight, bias)), checkpoint.take(f"layers.{name}.base_sketch", (8, 8)), strict)
+    _check_base(name, sketch(augmented(weight, bias)), checkpoint.take(f"layers.{name}.base_sketch", (8, 8)), strict)
 
     ranks = tuple(info["ranks"])
     rho, K = sum(ranks), len(ranks)
@@ -263,7 +260,7 @@ def _rebuilt_basis(
     name: str, weight: Tensor, bias: Tensor | None, config: AdaMSSConfig, expected: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     basis, basis_bias, *_ = decompose(weight, bias, config, name=name)
-    difference = relative_difference(sketch(_augmented(basis, basis_bias)), expected)
+    difference = relative_difference(sketch(augmented(basis, basis_bias)), expected)
     if not difference <= SAME_BASIS:
         raise ValueError(
             f"{name}: the basis rebuilt from this base weight differs from the trained one by {difference:.2g} "
@@ -285,13 +282,20 @@ def _find(model: nn.Module, name: str, path: Path) -> nn.Module:
         raise ValueError(f"{path}: was saved with a module {name!r}, which this model does not have") from None
 
 
-def _is_writer(model: nn.Module) -> bool:
+def is_writer(model: nn.Module) -> bool:
     """Whether this process writes: the first of the ranks that train this model together."""
     for module in model.modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
             return torch.distributed.get_rank(module.process_group) == 0
     mesh = _device_mesh(model)
     return mesh is None or not any(mesh.get_coordinate() or ())
+
+
+def wait_for_writer(model: nn.Module) -> None:
+    """Return on every rank of a model under FSDP2 when the first one has come here too."""
+    mesh = _device_mesh(model)
+    for dim in range(0 if mesh is None else mesh.ndim):
+        torch.distributed.barrier(group=mesh.get_group(dim))
 
 
 def _device_mesh(model: nn.Module) -> Any:
@@ -304,30 +308,6 @@ def _whole(tensor: Any) -> Any:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def _augmented(weight: Tensor, bias: Tensor | None) -> Tensor:
+def augmented(weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return [weight | bias], the matrix that is decomposed."""
     return weight.detach() if bias is None else torch.cat((weight.detach(), bias.detach()[:, None]), dim=1)
-
-
-def _replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file so that `path` holds either its old or its complete new content, also after a power cut."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    os.close(handle)
-    try:
-        write(Path(temporary))
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        # mkstemp makes files private; a checkpoint is as readable as other files here.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

@@ -1,4 +1,4 @@
-"""`inject_adamss`: replace the targeted linear layers of a model in place."""
+"""`inject_adamss` and `merge_adapter`: replace linear layers of a model in place by adapted ones, and back."""
 
 from __future__ import annotations
 
@@ -63,6 +63,37 @@ def replace_modules(model: nn.Module, layers: dict[str, FusedAdaMSSLinear], save
         layer.C.requires_grad_(True)
     for module in saved:
         module.requires_grad_(True)
+
+
+def merge_adapter(model: nn.Module) -> nn.Module:
+    """Replace every `FusedAdaMSSLinear` by a plain `nn.Linear` with the update folded in; there is no way back.
+
+    Parameters that other modules share (tied weights) keep their values there. Either all layers are replaced or, when
+    an error is raised, none.
+
+    Args:
+        model: Changed in place; a model that `inject_adamss` or `load_adapter` has adapted, merged or not.
+
+    Returns:
+        `model` itself, which needs `adamss_kernels` no longer.
+
+    Raises:
+        ValueError: `model` has no AdaMSS layer or is one, or a merged weight is not finite; the message names it.
+    """
+    if isinstance(model, FusedAdaMSSLinear):
+        raise ValueError("model: is itself a FusedAdaMSSLinear, which cannot be replaced in place; use to_linear")
+    linears: dict[FusedAdaMSSLinear, nn.Linear] = {}
+    for name, layer in adamss_layers(model).items():
+        try:
+            linears[layer] = layer.to_linear()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    if not linears:
+        raise ValueError("model: has no FusedAdaMSSLinear; adapt it with inject_adamss first")
+    names = [name for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, FusedAdaMSSLinear)]
+    for name in names:
+        model.set_submodule(name, linears[model.get_submodule(name)])  # type: ignore[index]
+    return model
 
 
 def modules_to_save(model: nn.Module, config: AdaMSSConfig) -> dict[str, nn.Module]:

@@ -17,7 +17,15 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from adamss_kernels import AdaMSSConfig, SubspaceAllocator, inject_adamss, load_adapter, save_adapter
+from adamss_kernels import (
+    AdaMSSConfig,
+    SubspaceAllocator,
+    export_lora,
+    export_peft,
+    inject_adamss,
+    load_adapter,
+    save_adapter,
+)
 from adamss_kernels.model import adamss_layers, unwrap
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
@@ -114,11 +122,17 @@ def in_group(scenario, rank, folder):
     dist.destroy_process_group()
 
 
+def export(model, folder):
+    export_peft(model, folder / "peft", progress=False)
+    export_lora(model, folder / "lora")
+
+
 def ddp_scenario(rank, folder):
     for mode in ("freeze", "prune"):
         run = Run(DistributedDataParallel(adapted_model(mode)), mode).train()
         torch.save(run.result(), folder / f"{mode}-{rank}.pt")
         save_adapter(run.model, folder / f"{mode}-adapter-{rank}")
+        export(run.model, folder / f"{mode}-exports")
 
 
 def fsdp_scenario(rank, folder):
@@ -131,6 +145,7 @@ def fsdp_scenario(rank, folder):
         run.train(start=STEPS // 2)
         torch.save(run.result(), folder / f"{mode}-{rank}.pt")
         save_adapter(run.model, folder / f"{mode}-adapter-0")
+        export(run.model, folder / f"{mode}-exports")
 
         resumed = Run(sharded(adapted_model(mode)), mode)
         model_state, optimizer_state = get_state_dict(resumed.model, resumed.optimizer)
@@ -172,6 +187,11 @@ def test_every_rank_decides_and_trains_as_one_process_does(scenario, single_proc
         result = torch.load(tmp_path / f"{mode}-0.pt")
         for key, tensor in loaded.state_dict().items():
             assert torch.equal(tensor, result["state"][key]), key
+
+        export(loaded, tmp_path / "exports")
+        for path in (tmp_path / "exports").rglob("*.*"):
+            distributed = tmp_path / f"{mode}-exports" / path.relative_to(tmp_path / "exports")
+            assert path.read_bytes() == distributed.read_bytes(), path
 
         if scenario is ddp_scenario:
             assert not (tmp_path / f"{mode}-adapter-1").exists(), "only the first rank writes"

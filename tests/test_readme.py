@@ -59,3 +59,16 @@ def test_the_tables_are_those_of_the_committed_results():
     script = [sys.executable, "bench/readme.py", "--check"]
     result = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_every_quoted_message_is_one_that_the_package_gives():
+    text = (ROOT / "docs" / "tour.md").read_text().split("## Troubleshooting")[1]
+    messages = re.findall(r"^\| `(.*?)` \|", text, flags=re.M)
+    assert len(messages) > 20
+    source = "".join(path.read_text() for path in (ROOT / "adamss_kernels").rglob("*.py"))
+    # Messages that are broken over lines, and the values in them.
+    source = re.sub(r'"\s*\n\s*f?"', "", source)
+    source = re.sub(r"\{[^{}]*\}", "…", source)
+    for message in messages:
+        for part in message.split("…"):
+            assert part.strip() in source, message
