@@ -93,7 +93,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, compact
             stored["basis_sketch"] = sketch(_augmented(layer.basis, layer.basis_bias))
             stored["basis"] = stored["basis_bias"] = None
         tensors |= {f"layers.{name}.{key}": t for key, t in stored.items() if t is not None}
-    for name, module in modules_to_save(model, config).items():
+    for name, module in modules_to_save(model, config.modules_to_save or ()).items():
         header["modules_to_save"].append(name)
         tensors |= {f"modules.{name}.{key}": _whole(t) for key, t in module.state_dict().items()}
 
