@@ -1,4 +1,4 @@
-"""`FrozenLinear`: what every adapted layer shares, a frozen weight into which its update can be merged and out again."""
+"""`FrozenLinear`: what adapted layers share, a frozen weight into which an update is merged and out again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`inject_adamss`: replace the targeted linear layers of a model in place; other methods' layers come in the same way."""
+"""`inject_adamss`: replace the targeted linear layers of a model in place, all or none."""
 
 from __future__ import annotations
 

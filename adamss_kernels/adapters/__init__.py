@@ -1,4 +1,4 @@
-"""The methods that AdaMSS is compared with, as layers with the interface of `FusedAdaMSSLinear`; see docs/adapters.md."""
+"""The methods that AdaMSS is compared with, as layers with the interface of `FusedAdaMSSLinear`."""
 
 from .inject import METHODS, inject_adapter
 from .kradapter import KRAdapterLinear

@@ -18,13 +18,16 @@ from .spectral_additive import SpectralAdditiveLinear
 from .spectral_rotational import SpectralRotationalLinear
 
 METHODS: dict[str, type[AdapterLinear]] = {
-    "lora": LoRALinear,
-    "sinlora": SinLoRALinear,
-    "randlora": RandLoRALinear,
-    "kronecker": KroneckerLinear,
-    "kradapter": KRAdapterLinear,
-    "spectral_additive": SpectralAdditiveLinear,
-    "spectral_rotational": SpectralRotationalLinear,
+    layer.method: layer
+    for layer in (
+        LoRALinear,
+        SinLoRALinear,
+        RandLoRALinear,
+        KroneckerLinear,
+        KRAdapterLinear,
+        SpectralAdditiveLinear,
+        SpectralRotationalLinear,
+    )
 }
 """Name of each method and the layer that has it; AdaMSS itself is `FusedAdaMSSLinear`."""
 
@@ -40,8 +43,8 @@ def inject_adapter(
 ) -> nn.Module:
     """Replace the targeted `nn.Linear`s by layers of `method` and freeze everything else.
 
-    As `inject_adamss` does: the update of every adapted layer and all parameters under `modules_to_save` train, a module
-    with several names is wrapped once, and either all targets are replaced or none.
+    As `inject_adamss` does: the update of every adapted layer and all parameters under `modules_to_save` train, a
+    module with several names is wrapped once, and either all targets are replaced or none.
 
     Args:
         model: Changed in place.

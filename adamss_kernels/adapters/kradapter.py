@@ -20,6 +20,8 @@ class KRAdapterLinear(AdapterLinear):
     min(N, D) (r + ceil(max(N, D) / r)) parameters. Scaling and the slope of v's distribution are the published ones.
     """
 
+    method = "kradapter"
+
     def __init__(self, weight: Tensor, bias: Tensor | None, *, scaling: float = 2.0) -> None:
         """Assemble a layer; `from_linear` is the usual way.
 

@@ -19,6 +19,8 @@ class KroneckerLinear(AdapterLinear):
     ceil(N / p) ceil(D / q) + p q parameters, which is rank^2 + N D / rank^2 where rank = rank_in divides both sides.
     """
 
+    method = "kronecker"
+
     def __init__(self, weight: Tensor, bias: Tensor | None, *, rank: int = 8, rank_in: int | None = None) -> None:
         """Assemble a layer; `from_linear` is the usual way.
 

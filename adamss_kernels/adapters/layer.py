@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,11 @@ class AdapterLinear(FrozenLinear):
     Parameters of the update are float32, or float64 over a float64 weight; gradients come back in their dtype.
 
     Attributes:
+        method: Name of the method, the same for the whole class.
         options: The method's settings, by which the layer can be built again over another weight of this shape.
     """
+
+    method: ClassVar[str]
 
     def __init__(self, weight: Tensor, bias: Tensor | None, **options: Any) -> None:
         """Hold W, bias and options; a method's constructor adds parameters and buffers.

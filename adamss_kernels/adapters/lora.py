@@ -12,6 +12,8 @@ from .low_rank import low_rank_linear
 class LoRALinear(AdapterLinear):
     """dW = (alpha / rank) B A, with A (rank, D) Kaiming uniform and B (N, rank) zero: rank (N + D) parameters."""
 
+    method = "lora"
+
     def __init__(self, weight: Tensor, bias: Tensor | None, *, rank: int = 8, alpha: float | None = None) -> None:
         """Assemble a layer; `from_linear` is the usual way.
 

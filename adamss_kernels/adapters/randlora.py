@@ -19,6 +19,8 @@ class RandLoRALinear(AdapterLinear):
     num_bases (rank + min(N, D)) parameters. The frozen bases are a little larger than W.
     """
 
+    method = "randlora"
+
     basis_a: Tensor
     basis_b: Tensor
 

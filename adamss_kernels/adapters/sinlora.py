@@ -17,6 +17,8 @@ class SinLoRALinear(AdapterLinear):
     rank (N + D) parameters, and 2 more where omega and alpha train.
     """
 
+    method = "sinlora"
+
     omega: Tensor
     alpha: Tensor
 

@@ -17,6 +17,8 @@ class SpectralAdditiveLinear(AdapterLinear):
     dV (D, r) start at zero: r (N + D) parameters, r = min(rank, N, D).
     """
 
+    method = "spectral_additive"
+
     U1: Tensor
     S1: Tensor
     V1: Tensor

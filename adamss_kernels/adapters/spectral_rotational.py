@@ -22,6 +22,8 @@ class SpectralRotationalLinear(AdapterLinear):
     and C = U1. It runs on the same kernels, which can keep x V1 instead of x for backward.
     """
 
+    method = "spectral_rotational"
+
     U1: Tensor
     S1: Tensor
     V1: Tensor
