@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .adapters import METHODS, AdapterLinear
 from .config import AdaMSSConfig
 from .decompose import Decomposition, decompose
-from .frozen import FrozenLinear
+from .frozen_linear import FrozenLinear
 from .layout import SubspaceLayout
 from .linear import FusedAdaMSSLinear
 from .model import adapted_layers, modules_to_save, replace_modules, unwrap

@@ -70,7 +70,7 @@ def apply(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    basis: Tensor,
+    basis: Tensor | None,
     basis_bias: Tensor | None,
     B: Tensor,
     C: Tensor,
@@ -88,6 +88,9 @@ def apply(
     `contributes=False` promises that no subspace is active: only the frozen layer is computed. `learns=False` promises
     that no subspace is both active and trainable: nothing is kept for B and C, whose gradients are zero. Both are known
     before anything runs, unlike the masks, so that a change of them recompiles.
+
+    Without a basis B is (RHO, D) and takes x itself, as in LoRA; then `save_for_backward` has to be "input", and the
+    backend native or reference.
     """
     x, weight, bias = as_linear_takes_them(x, weight, bias)
     N, D = weight.shape

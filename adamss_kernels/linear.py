@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from .config import AdaMSSConfig
 from .decompose import Decomposition, decompose
-from .frozen import FrozenLinear
+from .frozen_linear import FrozenLinear
 from .functional import apply
 from .layout import SubspaceLayout, block_diagonal, column_mask
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from .config import AdaMSSConfig
 from .decompose import decompose
-from .frozen import FrozenLinear
+from .frozen_linear import FrozenLinear
 from .linear import FusedAdaMSSLinear
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..frozen import FrozenLinear
+from ..frozen_linear import FrozenLinear
 from ..functional import as_linear_takes_them
 
 Self = TypeVar("Self", bound="AdapterLinear")

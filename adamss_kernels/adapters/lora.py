@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .layer import AdapterLinear, kaiming
-from .low_rank import low_rank_linear
+from .layer import kaiming
+from .low_rank import LowRankLinear
 
 
-class LoRALinear(AdapterLinear):
+class LoRALinear(LowRankLinear):
     """dW = (alpha / rank) B A, with A (rank, D) Kaiming uniform and B (N, rank) zero: rank (N + D) parameters."""
 
     method = "lora"
@@ -27,10 +27,12 @@ class LoRALinear(AdapterLinear):
         self.scaling = 1.0 if alpha is None else alpha / rank
         self.A = nn.Parameter(kaiming(self.zeros(rank, self.in_features)))
         self.B = nn.Parameter(self.zeros(self.out_features, rank))
+        self.bind_subspace(rank)
 
     def adapted(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Map x (M, D) to y (M, N)."""
-        return low_rank_linear(x, weight, bias, self.A, self.B, self.scaling)
+        A = self.A if self.scaling == 1 else self.scaling * self.A
+        return self.add_product(x, weight, bias, A, self.B)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:

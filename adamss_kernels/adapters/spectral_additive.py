@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .layer import AdapterLinear
-from .low_rank import low_rank_linear
+from .low_rank import LowRankLinear
 from .spectrum import singular_window
 
 
-class SpectralAdditiveLinear(AdapterLinear):
+class SpectralAdditiveLinear(LowRankLinear):
     """W + dW = (U1 + dU) S1 (V1 + dV)^T + the rest of W, for r singular columns U1, S1, V1 of W.
 
     As dW = [dU S1 | U1 S1] [V1 + dV | dV]^T it has rank 2 r at most, and W is never put together again. dU (N, r) and
@@ -37,6 +36,7 @@ class SpectralAdditiveLinear(AdapterLinear):
             self.register_buffer(name, tensor)
         self.dU = nn.Parameter(torch.zeros_like(self.U1))
         self.dV = nn.Parameter(torch.zeros_like(self.V1))
+        self.bind_subspace(2 * self.S1.shape[0])
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         """Return (2 r, D) and (N, 2 r), whose product is dW; no difference of large terms is taken."""
@@ -46,7 +46,7 @@ class SpectralAdditiveLinear(AdapterLinear):
 
     def adapted(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Map x (M, D) to y (M, N)."""
-        return low_rank_linear(x, weight, bias, *self._factors())
+        return self.add_product(x, weight, bias, *self._factors())
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:

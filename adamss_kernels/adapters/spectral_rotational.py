@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from ..functional import apply
-from .layer import AdapterLinear
+from .low_rank import LowRankLinear
 from .spectrum import singular_window
 
 
-class SpectralRotationalLinear(AdapterLinear):
+class SpectralRotationalLinear(LowRankLinear):
     """W + dW = U1 Q_A diag(S1 c) (V1 Q_B)^T + the rest of W, for r singular columns U1, S1, V1 of W (arXiv:2405.13952).
 
     Q = (I - K) (I + K)^-1 with the skew K = (R - R^T) / 2 (Cayley). R_A and R_B (r, r) start at zero and c (r,) at one:
@@ -27,8 +25,6 @@ class SpectralRotationalLinear(AdapterLinear):
     U1: Tensor
     S1: Tensor
     V1: Tensor
-    row_subspace: Tensor
-    offsets: Tensor
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, rank: int = 8, window: str | int = "top") -> None:
         """Decompose W; `from_linear` is the usual way.
@@ -48,14 +44,7 @@ class SpectralRotationalLinear(AdapterLinear):
         self.R_A = nn.Parameter(self.zeros(r, r))
         self.R_B = nn.Parameter(self.zeros(r, r))
         self.c = nn.Parameter(self.zeros(r) + 1)
-        self._bind_layout()
-
-    def _bind_layout(self) -> None:
-        """Make the row map of one subspace of rank r."""
-        device, r = self.weight.device, self.c.shape[0]
-        rows = torch.zeros(self.out_features, dtype=torch.int32, device=device)
-        self.register_buffer("row_subspace", rows, persistent=False)
-        self.register_buffer("offsets", torch.tensor([0, r], dtype=torch.int32, device=device), persistent=False)
+        self.bind_subspace(r)
 
     def core(self) -> Tensor:
         """Return M = Q_A diag(S1 c) Q_B^T - diag(S1): (r, r), at least float32."""
@@ -74,11 +63,6 @@ class SpectralRotationalLinear(AdapterLinear):
         """Return the update of W (N, D), at least float32."""
         M = self.core()
         return self.U1.to(M.dtype) @ M @ self.V1.to(M.dtype).t()
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        # Rebuilt rather than kept: after `to_empty` the buffers hold garbage.
-        self._bind_layout()
 
 
 def _cayley(R: Tensor) -> Tensor:
