@@ -102,8 +102,8 @@ def backward(
     acc = torch.float64 if dy.dtype == torch.float64 else torch.float32
     rows, source, projection = _rows(dy), None, None
     if need_dB and basis is None:
-        # Then x is what B takes, in the place of P.
-        P = x
+        # Then x is what B takes, in the place of P; the address of no rows at all would be null, which says "no P".
+        P = x if dy.shape[0] else dy.new_empty(1, B.shape[1])
     if need_dB and P is not None:
         projection = _rows(P)
     elif need_dB:

@@ -99,7 +99,7 @@ def draw_comparison(path: Path, results: dict[str, Any]) -> bool:
             axes.bar(places, heights, step, yerr=deviations, capsize=1.5, label=method, error_kw={"lw": 0.7}, **style)
         axes.axhline(100, color="black", linewidth=0.8, linestyle="--")
         axes.set_xticks(range(len(matrices)), [name.replace("_", "\n") for name in matrices])
-        axes.set(ylabel="nuclear error, RMS (% of LoRA's)", yscale="log")
+        axes.set(ylabel="nuclear error, RMS (% of LoRA's)")
         axes.set_title(title.format(noise=results["settings"]["perturbation"]), loc="left", fontsize="medium")
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
