@@ -270,7 +270,7 @@ def test_autocast_gives_the_dtype_of_nn_linear_and_exact_updates(method):
         assert y.dtype == torch.bfloat16
         loss = y.float().square().sum()
         if "spectral" not in method:
-            # Not recommended, but people do it. The Spectral Adapters' small factors are then rounded by PyTorch itself.
+            # Not recommended, but people do it. PyTorch itself rounds the Spectral Adapters' small factors then.
             loss.backward()
     if "spectral" in method:
         loss.backward()
