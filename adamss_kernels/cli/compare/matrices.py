@@ -21,7 +21,7 @@ _MINILM = {
 
 def drawn_matrix(name: str, size: tuple[int, int], seed: int) -> Tensor:
     """Return the matrix (N, D) float32 of one of the `DRAWN` kinds; the same for the same arguments."""
-    # Each kind has a stream of its own, so that leaving one out changes no other. The generator heeds 32 bits of a seed.
+    # A stream for each kind, so that leaving one out changes no other; the generator heeds 32 bits of its seed.
     generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {seed}".encode()))
     return _DRAW[name](size, generator).float()
 
