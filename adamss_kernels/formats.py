@@ -217,7 +217,7 @@ def import_peft(model: nn.Module, directory: str | os.PathLike[str], *, progress
             layers[name] = _imported_layer(model, name, config, ranks, take)
     saved = {
         name: {key: take(f"{name}.{key}", tuple(t.shape)) for key, t in module.state_dict().items()}
-        for name, module in modules_to_save(model, config).items()
+        for name, module in modules_to_save(model, config.modules_to_save or ()).items()
     }
     if tensors:
         raise ValueError(f"{path}: has a tensor {min(tensors)!r} that belongs to no adapted layer or saved module")
@@ -282,7 +282,7 @@ def _require_peft_rows(name: str, layer: FusedAdaMSSLinear, rebuilt: SubspaceLay
 def _saved_modules(root: nn.Module, config: AdaMSSConfig) -> dict[str, Tensor]:
     return {
         f"{_PREFIX}{name}.{key}": full_tensor(tensor)
-        for name, module in modules_to_save(root, config).items()
+        for name, module in modules_to_save(root, config.modules_to_save or ()).items()
         for key, tensor in module.state_dict().items()
     }
 
@@ -303,7 +303,7 @@ def _lora_factors(layer: FusedAdaMSSLinear) -> tuple[Tensor, Tensor, Tensor | No
 
 def _common_header(kind: str, root: nn.Module, names: Iterable[str], config: AdaMSSConfig) -> dict[str, Any]:
     """Return the fields of `adapter_config.json` that every kind of adapter has."""
-    saved = list(modules_to_save(root, config))
+    saved = list(modules_to_save(root, config.modules_to_save or ()))
     base = getattr(getattr(root, "config", None), "_name_or_path", None)
     return {
         "peft_type": kind,

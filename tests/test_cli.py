@@ -74,6 +74,18 @@ def test_demo_adapts_saves_reloads_and_reports(tmp_path, capsys):
         load_adapter(DigitsViT(), tmp_path / "adapter")
 
 
+def test_demo_trains_a_related_method_in_one_table(tmp_path, capsys):
+    arguments = ["demo", "--output", str(tmp_path), "--epochs", "1", "--pretrain-epochs", "1", "--method", "kradapter"]
+    assert main(arguments) == 0
+    table = capsys.readouterr().out
+    rows = json.loads((tmp_path / "methods.json").read_text())
+    assert list(rows) == ["head only", "adamss", "kradapter"]
+    # Four blocks of four 96 x 96, one 384 x 96 and one 96 x 384 layer.
+    assert rows["kradapter"]["parameters"] == 4 * (4 * 96 * (9 + 11) + 2 * 96 * (9 + 43))
+    assert rows["head only"]["parameters"] == 0
+    assert all(name in table and 0 <= row["accuracy"] <= 1 and row["step_s"] > 0 for name, row in rows.items())
+
+
 def test_demo_refuses_nonsense_before_doing_anything(capsys):
     with pytest.raises(SystemExit):
         main(["demo", "--epochs", "0"])

@@ -2,7 +2,7 @@
 
 Pretrains on the digits 0 to 4, freezes the model, and adapts it to 5 to 9 three times: with a new head alone, with
 AdaMSS in every attention and MLP layer besides, and with ASA that prunes half of the subspaces on the way. Needs no
-download.
+download. With --method, the related methods are trained instead: one table of accuracy, parameters and step time.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import json
 import statistics
 import time
 from pathlib import Path
@@ -20,13 +21,18 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from ..adapters import METHODS, inject_adapter
 from ..asa import SubspaceAllocator
+from ..atomic import replace_file
 from ..checkpoint import load_adapter, save_adapter
 from ..config import AdaMSSConfig
-from ..model import adamss_layers, inject_adamss
+from ..linear import FusedAdaMSSLinear
+from ..model import adamss_layers, adapted_layers, inject_adamss
 from .digits import DigitsViT, Split, load_digits_split
 
 TARGETS = ["query", "key", "value", "output", "up", "down"]
+# Where 5e-3 is too much: the sine multiplies gradients by its frequency.
+LEARNING_RATES = {"sinlora": 5e-4}
 
 
 class Run(NamedTuple):
@@ -43,6 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pretrain-epochs", type=_positive, default=25, help="epochs of pretraining (default: 25)")
     parser.add_argument("--subspaces", type=_positive, default=8, help="subspaces K per layer (default: 8)")
     parser.add_argument("--seed", type=int, default=0)
+    choices = ("adamss", *METHODS, "all")
+    parser.add_argument(
+        "--method", choices=choices, default="adamss", help="train a related method beside AdaMSS, or all in one table"
+    )
 
 
 def _positive(text: str) -> int:
@@ -63,8 +73,6 @@ def run(args: argparse.Namespace) -> int:
     base.head = nn.Linear(base.head.in_features, 5)
     before = accuracy(base, new)
 
-    models = {"head only": copy.deepcopy(base).requires_grad_(False)}
-    models["head only"].head.requires_grad_(True)
     steps = args.epochs * steps_per_epoch(new)
     targets = len(TARGETS) * len(base.blocks) * args.subspaces
     config = AdaMSSConfig(
@@ -78,6 +86,11 @@ def run(args: argparse.Namespace) -> int:
         final_warmup=steps * 3 // 4 + 1,
         mask_interval=max(1, steps // 20),
     )
+    if args.method != "adamss":
+        methods = tuple(METHODS) if args.method == "all" else (args.method,)
+        return run_methods(args, methods, base, config, new)
+    models = {"head only": copy.deepcopy(base).requires_grad_(False)}
+    models["head only"].head.requires_grad_(True)
     for name, use_asa in (("AdaMSS", False), ("AdaMSS + ASA", True)):
         models[name] = copy.deepcopy(base)
         inject_adamss(models[name], dataclasses.replace(config, use_asa=use_asa))
@@ -119,6 +132,35 @@ def run(args: argparse.Namespace) -> int:
     return 0 if same else 1
 
 
+def run_methods(
+    args: argparse.Namespace, methods: tuple[str, ...], base: DigitsViT, config: AdaMSSConfig, data: Split
+) -> int:
+    """Train AdaMSS and each related method at its default settings; print one table and write it as methods.json."""
+    models = {"head only": copy.deepcopy(base).requires_grad_(False)}
+    models["head only"].head.requires_grad_(True)
+    models["adamss"] = copy.deepcopy(base)
+    inject_adamss(models["adamss"], config)
+    for method in methods:
+        models[method] = copy.deepcopy(base)
+        inject_adapter(models[method], method, TARGETS, modules_to_save=["head"])
+    rows: dict[str, dict[str, float]] = {}
+    for name, model in models.items():
+        torch.manual_seed(args.seed)
+        learned = train(model, data, args.epochs, LEARNING_RATES.get(name, 5e-3), name)
+        rows[name] = {"accuracy": learned.accuracies[-1], "parameters": trained_parameters(model)}
+    times = step_times(list(models.values()), data)
+    print(f"\n{'digits 5-9':<22}{'accuracy':>10}{'parameters':>12}{'training step':>16}{'ratio':>8}")
+    for (name, row), seconds in zip(rows.items(), times, strict=True):
+        row |= {"learning_rate": LEARNING_RATES.get(name, 5e-3), "step_s": seconds, "ratio": seconds / times[0]}
+        print(
+            f"{name:<22}{row['accuracy']:>10.1%}{row['parameters']:>12,}{seconds * 1e3:>13.2f} ms{row['ratio']:>8.2f}"
+        )
+    path = args.output / "methods.json"
+    replace_file(path, lambda scratch: scratch.write_text(json.dumps(rows, indent=2) + "\n"))
+    print(f"\nresults: {path}")
+    return 0
+
+
 def subspaces(model: nn.Module) -> int:
     """Return how many subspaces still train."""
     return sum(int((layer.active & layer.trainable).sum()) for layer in adamss_layers(model).values())
@@ -127,7 +169,10 @@ def subspaces(model: nn.Module) -> int:
 def trained_parameters(model: nn.Module) -> int:
     """Return how many parameters in the linear layers still train (the head trains in every run)."""
     count = 0
-    for layer in adamss_layers(model).values():
+    for layer in adapted_layers(model).values():
+        if not isinstance(layer, FusedAdaMSSLinear):
+            count += sum(p.numel() for p in layer.parameters() if p.requires_grad)
+            continue
         B, C = layer.layout.unpack(layer.B, layer.C)
         trains = (layer.active & layer.trainable).tolist()
         count += sum(B_k.numel() + C_k.numel() for B_k, C_k, yes in zip(B, C, trains, strict=True) if yes)

@@ -32,7 +32,7 @@ def forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    basis: Tensor,
+    basis: Tensor | None,
     basis_bias: Tensor | None,
     B: Tensor,
     C: Tensor,
@@ -47,6 +47,7 @@ def forward(
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
     P = x.new_empty(0)
     if keep_P:
+        assert basis is not None
         At = basis.to(x.dtype).t()
         P = torch.mm(x, At) if basis_bias is None else torch.addmm(basis_bias.to(x.dtype), x, At)
     rows, W = _rows(x), _rows(weight)
@@ -68,7 +69,7 @@ def forward(
             B.shape[1],
             W.data_ptr(),
             W.stride(0),
-            A.data_ptr(),
+            pointer(A),
             pointer(a),
             B.data_ptr(),
             pointer(bias),
@@ -90,7 +91,7 @@ def backward(
     S: Tensor | None,
     P: Tensor | None,
     weight: Tensor,
-    basis: Tensor,
+    basis: Tensor | None,
     basis_bias: Tensor | None,
     B: Tensor,
     C: Tensor,
@@ -104,6 +105,9 @@ def backward(
     need_dx, need_dweight, need_dbias, need_dB, need_dC = needs
     acc = torch.float64 if dy.dtype == torch.float64 else torch.float32
     rows, W, source, projection = _rows(dy), _rows(weight), None, None
+    if need_dB and basis is None:
+        # Then x is what B takes, in the place of P; the address of no rows at all would be null, which says "no P".
+        P = x if dy.shape[0] else dy.new_empty(1, B.shape[1])
     if need_dB and P is not None:
         projection = _rows(P)
     elif need_dB:
@@ -130,7 +134,7 @@ def backward(
             pointer(S) if need_dC else None,
             W.data_ptr(),
             W.stride(0),
-            A.data_ptr(),
+            pointer(A),
             pointer(a),
             B_acc.data_ptr(),
             C_acc.data_ptr(),

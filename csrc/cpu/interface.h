@@ -30,7 +30,7 @@ struct adamss_forward_args {
     int64_t stride_pm;
     const void* W;  // (N, D), dtype of x
     int64_t stride_wn;
-    const void* A;     // (R, D)
+    const void* A;     // (R, D); null for the identity, and then R = D
     const void* a;     // (R,) or null
     const void* B;     // (RHO, R)
     const void* bias;  // (N,) or null, dtype of x
@@ -55,7 +55,7 @@ struct adamss_backward_args {
     const void* S;  // (M, RHO) for dC
     const void* W;  // (N, D), dtype of x
     int64_t stride_wn;
-    const void* A;  // (R, D)
+    const void* A;  // (R, D); null for the identity, and then R = D and x comes as P
     const void* a;  // (R,) or null
     const void* B;  // (RHO, R)
     const void* C;  // (N, r_max)
