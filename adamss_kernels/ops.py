@@ -127,9 +127,9 @@ def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> 
 
     "auto" is replaced by the environment variable ADAMSS_BACKEND where that was set when the package was imported. What
     is still "auto" takes the first of these that can run: on the CPU native, reference; on CUDA and ROCm triton, cuda,
-    reference; elsewhere reference. Where Triton works on a GPU with no dtype at all (it cannot be imported, or its first
-    kernel does not compile), one warning names the cause and what runs instead. A backend named explicitly runs or
-    raises; it never falls back to another.
+    reference; elsewhere reference. Where Triton works on a GPU with no dtype at all (it cannot be imported, or its
+    first kernel does not compile), one warning names the cause and what runs instead. A backend named explicitly runs
+    or raises; it never falls back to another.
 
     Raises:
         ValueError: `requested`, or ADAMSS_BACKEND, is not the name of a backend.

@@ -62,12 +62,13 @@ def table(rows: list[Compiled], version: str) -> str:
     lines = [
         "# Registers and shared memory of the CUDA kernels",
         "",
-        f"Written by `python bench/cuda_compile.py` with nvcc {version}, without a GPU: what ptxas says. A stack frame or a",
-        "spill is an error. Shared memory is what a kernel declares; `delta_fwd_kernel<_, true>` and `delta_bwd_kernel`",
-        "take more at launch, as `csrc/cuda/geometry.h` computes. None of this measures speed.",
+        f"Written by `python bench/cuda_compile.py` with nvcc {version}, without a GPU: what ptxas says. A stack frame",
+        "or a spill is an error. Shared memory is what a kernel declares; `delta_fwd_kernel<_, true>` and",
+        "`delta_bwd_kernel` take more at launch, as `csrc/cuda/geometry.h` computes. None of this measures speed.",
     ]
-    for arch in dict.fromkeys(row.arch for row in sorted(rows, key=lambda row: int(re.sub(r"\D", "", row.arch)))):
-        lines += ["", f"## sm_{arch}", "", "| kernel | registers | stack | spilled | shared |", "|---|---:|---:|---:|---:|"]
+    head = ["| kernel | registers | stack | spilled | shared |", "|---|---:|---:|---:|---:|"]
+    for arch in sorted({row.arch for row in rows}, key=lambda arch: int(re.sub(r"\D", "", arch))):
+        lines += ["", f"## sm_{arch}", "", *head]
         lines += [
             f"| `{row.kernel}` | {row.registers} | {row.stack} | {row.spilled} | {row.shared} |"
             for row in rows

@@ -1,4 +1,4 @@
-"""The CUDA backend without a GPU: its own kernels as host C++ (tests/cuda_twin), its launches, its build, its choice."""
+"""The CUDA backend without a GPU: its own kernels as host C++ (tests/cuda_twin), launches, build and cache."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def twin_file(tmp_path_factory):
 
 
 class Twin:
-    """The pretended device: `seed` orders its threads, `record` launches nothing, `fail` is the next launch's status."""
+    """The pretended device: `seed` orders its threads, `record` runs nothing, `fail` is the next launch's status."""
 
     def __init__(self, path):
         self.library = cuda_library.open_library(path)
@@ -403,7 +403,9 @@ def test_says_why_it_cannot_run(monkeypatch):
         assert cuda.unavailable() == "no CUDA device"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(cuda_library, "_find", lambda: None)
-    monkeypatch.setattr(cuda_library, "_build_state", lambda: f"not built: no nvcc was found; {cuda_compile.HOW_TO_BUILD}")
+    monkeypatch.setattr(
+        cuda_library, "_build_state", lambda: f"not built: no nvcc was found; {cuda_compile.HOW_TO_BUILD}"
+    )
     cuda_library.load.cache_clear()
     assert "`adamss-kernels build-cuda` builds it" in cuda.unavailable("cuda", torch.bfloat16)
     monkeypatch.setattr(torch.version, "hip", "6.0")

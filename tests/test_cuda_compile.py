@@ -1,4 +1,4 @@
-"""nvcc compiles every CUDA kernel for every listed architecture: no spills, no local memory, no atomics, wide accesses."""
+"""nvcc compiles every CUDA kernel for every listed architecture, without spills, local memory or atomics."""
 
 from __future__ import annotations
 

@@ -73,7 +73,8 @@ def command(nvcc: str, architectures: Sequence[str], out: Path, *options: str) -
         *(nvcc, "-O3", "-std=c++17", *targets),
         # CUDA's runtime is linked in: what torch brings, or does not bring, is not needed.
         *("--shared", "-cudart=static", "-Xcompiler=-fPIC,-Wall,-Wextra", f"--threads={os.cpu_count() or 1}"),
-        *(f'-DADAMSS_CUDA_ARCHITECTURES="{" ".join(names(architectures))}"', *options, str(sources() / "launch.cu"), "-o", str(out)),
+        f'-DADAMSS_CUDA_ARCHITECTURES="{" ".join(names(architectures))}"',
+        *(*options, str(sources() / "launch.cu"), "-o", str(out)),
     ]
 
 
@@ -119,7 +120,7 @@ def _main() -> int:
             compile_library(nvcc, architectures, args.out / NAME)
             state = f"built with nvcc {nvcc_version(nvcc)} for {' '.join(names(architectures))}"
         except (OSError, RuntimeError, ValueError) as error:
-            print(error, file=sys.stderr)
+            sys.stderr.write(f"{error}\n")
             state = f"not built: {' '.join(str(error).split())[:500]}; once that is mended, {HOW_TO_BUILD}"
     (args.out / "cuda_build_state.txt").write_text(state + "\n")
     return 0
