@@ -17,7 +17,7 @@ import torch
 from conftest import make_problem
 from test_gradients import naive, relative_error
 
-from adamss_kernels import adamss_linear, ops
+from adamss_kernels import adamss_linear, available_backends, ops
 from adamss_kernels.cli import build_cuda, main
 from adamss_kernels.layout import block_diagonal, column_mask
 from adamss_kernels.native import cuda, cuda_compile, cuda_library
@@ -410,6 +410,21 @@ def test_says_why_it_cannot_run(monkeypatch):
     assert "`adamss-kernels build-cuda` builds it" in cuda.unavailable("cuda", torch.bfloat16)
     monkeypatch.setattr(torch.version, "hip", "6.0")
     assert "NVIDIA GPUs only" in cuda.unavailable("cuda")
+
+
+def test_the_library_is_loaded_only_where_torch_sees_a_cuda_device(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("the library was loaded")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(cuda_library, "open_library", refuse)
+    cuda_library.load.cache_clear()
+    assert available_backends()["cuda"] == "no CUDA device"
+    assert cuda_library.describe()["state"]
+    with pytest.raises(
+        RuntimeError, match="backend 'cuda' cannot run torch.float32 on cpu: it runs on NVIDIA GPUs only"
+    ):
+        ops.choose_backend("cuda", torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture

@@ -35,12 +35,10 @@ def source_hash(folder: Path) -> str:
 
 
 def find_nvcc() -> str | None:
-    """Return the compiler: $CUDACXX, then that of $CUDA_HOME, on the path, or where CUDA installs itself."""
-    homes = (Path(home, "bin", "nvcc") for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home)
-    named = os.environ.get("CUDACXX")
-    candidates = [named] if named else [*(str(path) for path in homes), "nvcc"]
-    if "CUDA_HOME" not in os.environ:
-        candidates.reverse()
+    """Return the compiler: $CUDACXX, or else that of $CUDA_HOME, on the path, or where CUDA installs itself."""
+    named, home = os.environ.get("CUDACXX"), os.environ.get("CUDA_HOME")
+    at_home = [str(Path(home, "bin", "nvcc"))] if home else []
+    candidates = [named] if named else [*at_home, "nvcc", "/usr/local/cuda/bin/nvcc"]
     return next((found for candidate in candidates if (found := shutil.which(candidate))), None)
 
 
