@@ -56,7 +56,6 @@ def sanitize(device: torch.device, budget: float, out: Path) -> dict[str, Any]:
     for backend, check in itertools.product(("triton", "cuda"), ("memcheck", "racecheck")):
         reason = ops.implementation(backend).unavailable(device.type, torch.float32)
         if reason is not None:
-            # Without a library the dry run still shows that the program is well.
             rows.append({"backend": backend, "check": check, "status": f"not run: {reason}"})
             continue
         prefix = [tool, "--tool", check, "--error-exitcode", "3"] if tool and device.type == "cuda" else []
