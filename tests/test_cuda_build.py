@@ -1,4 +1,4 @@
-"""`adamss-kernels build-cuda`: one build at a time, never half a file, never where somebody else could write."""
+"""How the CUDA library is built into the cache (safely, once, whole), and when it is loaded."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from adamss_kernels import available_backends, ops
 from adamss_kernels.cli import build_cuda, main
-from adamss_kernels.native import cuda_compile, cuda_library
+from adamss_kernels.native import cuda, cuda_compile, cuda_library
 
 
 @pytest.fixture
@@ -125,3 +127,34 @@ def test_a_newer_build_is_the_one_that_is_loaded(cache):
         build_cuda.build(os.environ["CUDACXX"], (arch,), path)
         os.utime(path, (time.time() + int(arch),) * 2)
     assert cuda_library._find() == path
+
+
+def test_says_why_it_cannot_run(monkeypatch):
+    assert "NVIDIA GPUs only" in cuda.unavailable("cpu")
+    assert "float16" in cuda.unavailable("cuda", torch.int8)
+    if not torch.cuda.is_available():
+        assert cuda.unavailable() == "no CUDA device"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda_library, "_find", lambda: None)
+    monkeypatch.setattr(
+        cuda_library, "_build_state", lambda: f"not built: no nvcc was found; {cuda_compile.HOW_TO_BUILD}"
+    )
+    cuda_library.load.cache_clear()
+    assert "`adamss-kernels build-cuda` builds it" in cuda.unavailable("cuda", torch.bfloat16)
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert "NVIDIA GPUs only" in cuda.unavailable("cuda")
+
+
+def test_the_library_is_loaded_only_where_torch_sees_a_cuda_device(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("the library was loaded")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(cuda_library, "open_library", refuse)
+    cuda_library.load.cache_clear()
+    assert available_backends()["cuda"] == "no CUDA device"
+    assert cuda_library.describe()["state"]
+    with pytest.raises(
+        RuntimeError, match="backend 'cuda' cannot run torch.float32 on cpu: it runs on NVIDIA GPUs only"
+    ):
+        ops.choose_backend("cuda", torch.device("cpu"), torch.float32)
