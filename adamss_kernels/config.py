@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-BACKENDS = ("reference", "native", "triton")
+BACKENDS = ("reference", "native", "triton", "cuda")
 """Names of the implementations of `adamss_linear`, in no order of preference."""
 
 SAVE_FOR_BACKWARD = ("auto", "projection", "input")

@@ -16,7 +16,9 @@ import torch
 
 from .config import BACKENDS
 
-_PREFERENCE = {"cpu": ("native",), "cuda": ("triton",)}
+_PREFERENCE = {"cpu": ("native",), "cuda": ("triton", "cuda")}
+# Backends that do not live in a module of their own name.
+_MODULES = {"cuda": "native.cuda"}
 _OVERRIDE = os.environ.get("ADAMSS_BACKEND") or "auto"
 
 _library = torch.library.Library("adamss_kernels", "DEF")
@@ -117,16 +119,17 @@ def implementation(name: str) -> ModuleType:
     Such a module has `forward` and `backward` with the arguments of the operators less `backend`, and
     `unavailable(device_type, dtype)`, which returns None or the reason why it cannot run there.
     """
-    return importlib.import_module(f"{__package__}.{name}")
+    return importlib.import_module(f"{__package__}.{_MODULES.get(name, name)}")
 
 
 def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> str:
     """Return the backend that runs for tensors of `dtype` on `device`: the only place where that is decided.
 
     "auto" is replaced by the environment variable ADAMSS_BACKEND where that was set when the package was imported. What
-    is still "auto" takes the first of these that can run: on the CPU native, reference; on CUDA and ROCm triton,
-    reference; elsewhere reference. Where Triton works on a GPU with no dtype at all, a warning says so, once. A backend
-    named explicitly runs or raises; it never falls back to another.
+    is still "auto" takes the first of these that can run: on the CPU native, reference; on CUDA and ROCm triton, cuda,
+    reference; elsewhere reference. Where Triton works on a GPU with no dtype at all (it cannot be imported, or its
+    first kernel does not compile), one warning names the cause and what runs instead. A backend named explicitly runs
+    or raises; it never falls back to another.
 
     Raises:
         ValueError: `requested`, or ADAMSS_BACKEND, is not the name of a backend.
@@ -135,19 +138,31 @@ def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> 
     if requested == "auto":
         requested = _OVERRIDE
     if requested == "auto":
-        for name in _PREFERENCE.get(device.type, ()):
-            if implementation(name).unavailable(device.type, dtype) is None:
-                return name
-            reason = implementation(name).unavailable(device.type)
-            if reason is not None and device.type == "cuda":
-                warnings.warn(f"backend {name!r} cannot run on {device.type}, using another: {reason}", stacklevel=2)
-        return "reference"
+        preferred = _PREFERENCE.get(device.type, ())
+        able = (name for name in preferred if implementation(name).unavailable(device.type, dtype) is None)
+        chosen = next(able, "reference")
+        if device.type == "cuda" and chosen != preferred[0]:
+            _warn_of_broken(device.type, chosen)
+        return chosen
     if requested not in BACKENDS:
         raise ValueError(f"backend: expected 'auto' or one of {BACKENDS}, got {requested!r}")
     reason = implementation(requested).unavailable(device.type, dtype)
     if reason is not None:
         raise RuntimeError(f"backend {requested!r} cannot run {dtype} on {device.type}: {reason}")
     return requested
+
+
+@functools.cache
+def _warn_of_broken(device_type, chosen):
+    """Warn, once, that backends before `chosen` run no dtype on this kind of device; the first of them counts."""
+    reasons = []
+    for name in _PREFERENCE[device_type]:
+        reason = None if name == chosen else implementation(name).unavailable(device_type)
+        if reason is None:
+            break
+        reasons.append(f"{name!r} cannot run on {device_type}: {reason}")
+    if reasons:
+        warnings.warn(f"using backend {chosen!r} instead: {'; '.join(reasons)}", stacklevel=4)
 
 
 def available_backends() -> dict[str, str]:

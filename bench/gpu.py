@@ -1,9 +1,10 @@
-"""What bench/gpu.sh runs: six stages, each in a process of its own, each able to run alone."""
+"""What bench/gpu.sh runs: stages, each in a process of its own, each able to run alone."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import os
 import re
@@ -19,9 +20,20 @@ import torch
 from gpu_timing import interleaved, markdown
 from measure import environment
 
+from adamss_kernels import ops
+
 ROOT = Path(__file__).parents[1]
 # Seconds that a stage may start new work for; the sum stays below ten minutes.
-BUDGETS = {"tests": 120, "sanitize": 60, "tune": 120, "grid": 120, "step": 120, "asa": 20}
+BUDGETS = {"build": 30, "tests": 120, "sanitize": 90, "tune": 120, "grid": 120, "step": 120, "asa": 20}
+
+
+def build(device: torch.device, budget: float, out: Path) -> dict[str, Any]:
+    """The CUDA library, into the user's cache, from where the stages that follow take it; a dry run runs no nvcc."""
+    command = [sys.executable, "-m", "adamss_kernels", "build-cuda"]
+    done = _run([*command, *(["--dry-run"] if device.type == "cpu" else [])], device, budget)
+    result: dict[str, Any] = {"rows": [{"status": done.returncode, "said": done.stdout.strip().replace("\n", " ")}]}
+    # Triton's figures need no nvcc.
+    return result | ({"skipped": "backend cuda: " + done.stdout.strip()} if done.returncode else {})
 
 
 def tests(device: torch.device, budget: float, out: Path) -> dict[str, Any]:
@@ -41,13 +53,19 @@ def sanitize(device: torch.device, budget: float, out: Path) -> dict[str, Any]:
     rows, errors = [], []
     program = [sys.executable, str(ROOT / "bench" / "small_shapes.py"), "--device", device.type]
     tool = shutil.which("compute-sanitizer")
-    for check in ("memcheck", "racecheck"):
+    for backend, check in itertools.product(("triton", "cuda"), ("memcheck", "racecheck")):
+        reason = ops.implementation(backend).unavailable(device.type, torch.float32)
+        if reason is not None:
+            rows.append({"backend": backend, "check": check, "status": f"not run: {reason}"})
+            continue
         prefix = [tool, "--tool", check, "--error-exitcode", "3"] if tool and device.type == "cuda" else []
         # Without torch's caching allocator, an access past the end of a tensor is one past the end of an allocation.
-        done = _run([*prefix, *program], device, budget / 2, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-        rows.append({"check": check if prefix else f"{check}: run without the sanitizer", "status": done.returncode})
+        variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        done = _run([*prefix, *program, "--backend", backend], device, budget / 4, **variables)
+        said = check if prefix else f"{check}: run without the sanitizer"
+        rows.append({"backend": backend, "check": said, "status": done.returncode})
         if done.returncode:
-            errors.append(f"{check}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+            errors.append(f"{backend}, {check}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
     return {"rows": rows, **({"error": "\n".join(errors)} if errors else {})}
 
 
@@ -97,7 +115,7 @@ def asa(device: torch.device, budget: float, out: Path) -> dict[str, Any]:
 
 
 STAGES: dict[str, Callable[[torch.device, float, Path], dict[str, Any]]] = {
-    stage.__name__: stage for stage in (tests, sanitize, tune, grid, step, asa)
+    stage.__name__: stage for stage in (build, tests, sanitize, tune, grid, step, asa)
 }
 
 

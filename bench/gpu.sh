@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, from the source tree, without network: tests, sanitizer, tuning sweep, benchmarks.
+# Everything that needs a GPU, from the source tree, without network: the CUDA library, tests, sanitizer,
+# tuning sweep, benchmarks; both GPU backends.
 #
 #   bench/gpu.sh                          all stages on the GPU; under ten minutes
 #   bench/gpu.sh --stage grid step        some of them

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from adamss_kernels import native
+from adamss_kernels.native import cuda_library
 
 
 def interleaved(
@@ -67,6 +68,7 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
     if device is not None and device.type == "cuda":
         record |= {
             "gpu": torch.cuda.get_device_name(device),
+            "cuda_library": cuda_library.describe(),
             "cuda": torch.version.cuda or f"hip {torch.version.hip}",
             "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
             "clocks": _said("nvidia-smi", "--query-gpu=clocks.sm,clocks.max.sm", "--format=csv,noheader"),

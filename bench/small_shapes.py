@@ -1,4 +1,4 @@
-"""Every kernel and form once, on small odd shapes: what compute-sanitizer watches in stage `sanitize`."""
+"""Every kernel and form of a GPU backend once, on small odd shapes: what compute-sanitizer watches in `sanitize`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,16 @@ from adamss_kernels.triton import tuning
 
 
 def main() -> None:
-    """Run forward and backward of the Triton backend in each form, and compare with the reference."""
+    """Run forward and backward of the backend in each of its forms, and compare with the reference."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    device = parser.parse_args().device
+    parser.add_argument("--backend", choices=("triton", "cuda"), default="triton")
+    args = parser.parse_args()
+    (_triton if args.backend == "triton" else _cuda)(args.device)
+    print("agrees with the reference")
+
+
+def _triton(device: str) -> None:
     sizes = [(1, 33, 40), (70, 37, 130), (64, 64, 64)] if device == "cuda" else [(5, 17, 20)]
     dtypes = [torch.bfloat16, torch.float32] if device == "cuda" else [torch.float32]
     for (M, D, N), dtype in itertools.product(sizes, dtypes):
@@ -24,28 +30,43 @@ def main() -> None:
             arch, shape = tuning.arch_of(torch.device(device)), tuning.shape_class(M, D, N)
             keys = (tuning.key("forward", dtype, arch, shape), tuning.key("backward", dtype, arch, shape))
             tuning.use({}, dict(zip(keys, (forward, backward), strict=True)))
-            _compare(M, D, N, dtype, device, mode)
-    print("agrees with the reference")
+            _compare("triton", M, D, N, (2, 1, 3), dtype, device, mode)
 
 
-def _compare(M: int, D: int, N: int, dtype: torch.dtype, device: str, mode: str) -> None:
+def _cuda(device: str) -> None:
+    sizes = [(1, 33, 40), (70, 37, 301), (64, 64, 64)]
+    # Few columns of S; more than a block has; more than shared memory has.
+    ranks = [(2, 1, 3), (7,) * 20, (60,) * 40]
+    dtypes = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+    for ((M, D, N), rank), dtype, mode in itertools.product(
+        zip(sizes, ranks, strict=True), dtypes, ("projection", "input")
+    ):
+        _compare("cuda", M, D, N, rank, dtype, device, mode)
+
+
+def _compare(
+    backend: str, M: int, D: int, N: int, ranks: tuple[int, ...], dtype: torch.dtype, device: str, mode: str
+) -> None:
     torch.manual_seed(0)
-    ranks = (2, 1, 3)
-    layout = SubspaceLayout((torch.arange(N, device=device) % 3).to(torch.int32), ranks)
+    K = len(ranks)
+    layout = SubspaceLayout((torch.arange(N, device=device) % K).to(torch.int32), ranks)
     R = 5
     shapes = ((M, D), (N, D), (N,), (R, D), (R,), (sum(ranks), R), (N, max(ranks)))
     operands = [torch.randn(*shape, device=device) / shape[-1] ** 0.5 for shape in shapes]
-    operands = [t.to(dtype) if i < 5 else t for i, t in enumerate(operands)]
+    wide = torch.promote_types(dtype, torch.float32)
+    operands = [t.to(dtype if i < 5 else wide) for i, t in enumerate(operands)]
     leaves = [operands[i].requires_grad_() for i in (0, 5, 6)]
-    active = torch.tensor([True, False, True], device=device)
+    active = torch.arange(K, device=device) % 3 != 1
     dy = torch.randn(M, N, device=device).to(dtype)
     results = []
-    for backend in ("triton", "reference"):
-        y = adamss_linear(*operands, layout, active=active, save_for_backward=mode, backend=backend)
+    trainable = torch.arange(K, device=device) % 2 == 0
+    for name in (backend, "reference"):
+        options = {"active": active, "trainable": trainable, "backend": name}
+        y = adamss_linear(*operands, layout, save_for_backward=mode, **options)
         results.append((y, *torch.autograd.grad(y, leaves, dy)))
         with torch.no_grad():
-            adamss_linear(*operands, layout, active=active, backend=backend)
-    tolerance = 0.05 if dtype == torch.bfloat16 else 1e-4
+            adamss_linear(*operands, layout, **options)
+    tolerance = 0.05 if dtype in (torch.bfloat16, torch.float16) else 1e-4
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 

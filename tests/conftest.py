@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from adamss_kernels import AdaMSSConfig, FusedAdaMSSLinear, SubspaceLayout, available_backends
 
-CPU_BACKENDS = [name for name, state in available_backends().items() if state == "available" and name != "triton"]
+GPU_BACKENDS = ("triton", "cuda")
+CPU_BACKENDS = [
+    name for name, state in available_backends().items() if state == "available" and name not in GPU_BACKENDS
+]
 
 
 @dataclass

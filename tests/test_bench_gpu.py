@@ -20,7 +20,7 @@ def gpu_sh(out, *arguments):
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("stage", ["tests", "sanitize", "tune", "grid", "step", "asa"])
+@pytest.mark.parametrize("stage", ["build", "tests", "sanitize", "tune", "grid", "step", "asa"])
 def test_dry_run(stage, tmp_path):
     pytest.importorskip("triton")
     done = gpu_sh(tmp_path, "--stage", stage)

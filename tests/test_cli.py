@@ -24,6 +24,7 @@ def test_info_tests_every_available_backend(capsys):
             assert report["backends"][name] == f"unavailable: {state}"
     assert report["cpu"]["threads"] == torch.get_num_threads()
     assert report["native"]["ISA"]
+    assert report["cuda"]["state"].startswith(("built ", "not built"))
 
 
 def test_info_fails_when_a_backend_computes_nonsense(monkeypatch, capsys):

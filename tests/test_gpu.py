@@ -23,7 +23,7 @@ if ON_GPU and not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 pytestmark = pytest.mark.gpu
 needs_cuda = pytest.mark.skipif(not ON_GPU, reason="needs CUDA itself")
-BACKENDS = ("reference", "native", "triton")
+BACKENDS = ("reference", "native", "triton", "cuda")
 # (M, D, N, R, ranks): each shape class, alignment of nothing, many columns of S, more rank than width.
 SHAPES = (
     [
@@ -150,7 +150,7 @@ def test_checkpointing_and_autocast(backend):
 
 
 @needs_cuda
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "triton", "cuda"])
 @pytest.mark.parametrize("shape", SHAPES[:5], ids=str)
 def test_cuda_graph_follows_changed_operands_and_masks(backend, shape):
     problem = problem_on_device(*shape, torch.bfloat16, torch.float32)
@@ -178,7 +178,7 @@ def test_cuda_graph_follows_changed_operands_and_masks(backend, shape):
 
 
 @needs_cuda
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "triton", "cuda"])
 def test_frozen_adapter_in_a_cuda_graph_follows_the_next_eager_call(backend):
     problem = problem_on_device(*SHAPES[0], torch.bfloat16, torch.float32)
     name = backend_or_skip(backend, torch.bfloat16)
@@ -199,7 +199,7 @@ def test_frozen_adapter_in_a_cuda_graph_follows_the_next_eager_call(backend):
 
 
 @needs_cuda
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "triton", "cuda"])
 def test_does_not_synchronise(backend):
     problem = problem_on_device(*SHAPES[1], torch.bfloat16, torch.float32)
     name = backend_or_skip(backend, torch.bfloat16)
@@ -215,14 +215,15 @@ def test_does_not_synchronise(backend):
 
 
 @needs_cuda
-def test_addresses_beyond_two_to_the_31():
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_addresses_beyond_two_to_the_31(backend):
     if torch.cuda.mem_get_info()[0] < 40 << 30:
         pytest.skip("needs 40 GiB of free memory")
-    backend_or_skip("triton", torch.bfloat16)
+    name = backend_or_skip(backend, torch.bfloat16)
     M, D, N = (1 << 17) + 8, 64, 16400
     problem = problem_on_device(16, D, N, 10, (2, 1), torch.bfloat16, torch.float32)
     x = torch.randn(M, D, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
-    y = adamss_linear(x, *problem.operands[1:], backend="triton")
+    y = adamss_linear(x, *problem.operands[1:], backend=name)
     dx, dB, dC = torch.autograd.grad(y, (x, problem.B, problem.C), torch.ones_like(y))
     assert all(torch.isfinite(t).all() for t in (dx, dB, dC))
     tail = slice(M - 100, M)

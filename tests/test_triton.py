@@ -17,6 +17,7 @@ import torch
 
 import adamss_kernels.triton as backend
 from adamss_kernels import available_backends, ops, reference
+from adamss_kernels.native import cuda
 from adamss_kernels.triton import tuning
 
 ARCHS = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942", "gfx90a", "interpreter", "unheard-of")
@@ -67,8 +68,10 @@ def pretended_gpu(monkeypatch):
     monkeypatch.setattr(backend, "_import_error", lambda: None)
     monkeypatch.setattr(backend, "_launch_error", lambda: None)
     ops._kernels.cache_clear()
+    ops._warn_of_broken.cache_clear()
     yield
     ops._kernels.cache_clear()
+    ops._warn_of_broken.cache_clear()
 
 
 def test_auto_prefers_triton_on_a_gpu(pretended_gpu):
@@ -77,21 +80,63 @@ def test_auto_prefers_triton_on_a_gpu(pretended_gpu):
 
 
 @pytest.mark.parametrize("fault", ["_import_error", "_launch_error"])
-def test_auto_falls_back_with_one_warning(fault, pretended_gpu, monkeypatch):
+@pytest.mark.parametrize("cuda_state", [None, "not built: no nvcc was found"])
+def test_auto_falls_back_with_one_warning(fault, cuda_state, pretended_gpu, monkeypatch):
     monkeypatch.setattr(backend, fault, lambda: "it is broken")
-    with pytest.warns(UserWarning, match=r"triton.*it is broken"):
-        assert ops._kernels("auto", "cuda", torch.bfloat16) == (reference.forward, reference.backward)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        ops._kernels("auto", "cuda", torch.bfloat16)
-    with pytest.raises(RuntimeError, match="it is broken"):
+    monkeypatch.setattr(cuda, "unavailable", lambda device_type=None, dtype=None: cuda_state)
+    chosen, module = ("reference", reference) if cuda_state else ("cuda", cuda)
+    with pytest.warns(UserWarning) as caught:
+        for dtype in (torch.bfloat16, torch.float32):
+            assert ops._kernels("auto", "cuda", dtype) == (module.forward, module.backward)
+    (warning,) = caught
+    assert f"using backend '{chosen}' instead: 'triton' cannot run on cuda: it is broken" in str(warning.message)
+    assert (cuda_state or "cuda:") in str(warning.message)
+    with pytest.raises(RuntimeError, match="'triton' cannot run torch.bfloat16 on cuda: it is broken"):
         ops.choose_backend("triton", torch.device("cuda"), torch.bfloat16)
 
 
-def test_float64_on_a_gpu_takes_the_reference_without_a_warning(pretended_gpu):
+@pytest.mark.parametrize("cuda_state", [None, "not built: no nvcc was found"])
+def test_float64_on_a_gpu_runs_without_triton_and_without_a_warning(cuda_state, pretended_gpu, monkeypatch):
+    monkeypatch.setattr(cuda, "unavailable", lambda device_type=None, dtype=None: cuda_state)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert ops.choose_backend("auto", torch.device("cuda"), torch.float64) == "reference"
+        chosen = ops.choose_backend("auto", torch.device("cuda"), torch.float64)
+    assert chosen == ("reference" if cuda_state else "cuda")
+
+
+BROKEN = "libtriton.so: cannot open shared object file"
+
+
+@pytest.mark.parametrize(
+    ("setup", "cause"),
+    [("sys.modules['triton'] = None", "No module named"), ("sys.path.insert(0, sys.argv[1])", BROKEN)],
+    ids=["not installed", "broken"],
+)
+def test_without_triton_the_cpu_stays_native_and_a_gpu_takes_cuda_with_one_warning(setup, cause, tmp_path):
+    """In a fresh process where `import triton` really fails; the GPU is pretended, and the CUDA library with it."""
+    (tmp_path / "triton.py").write_text(f"raise ImportError({BROKEN!r})\n")
+    code = f"""
+import sys, warnings
+{setup}
+import torch
+from adamss_kernels import ops
+from adamss_kernels.native import cuda
+choose = lambda device: ops.choose_backend("auto", torch.device(device), torch.bfloat16)
+with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    assert choose("cpu") == "native"
+torch.cuda.is_available = lambda: True
+cuda.unavailable = lambda device_type=None, dtype=None: None
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    assert [choose("cuda") for _ in range(3)] == ["cuda"] * 3
+assert len(caught) == 1, caught
+assert "'triton' cannot run on cuda: cannot import triton: {cause}" in str(caught[0].message), caught[0]
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_broken_installations_are_found_before_use(monkeypatch):

@@ -13,6 +13,7 @@ import torch
 from .. import __version__, available_backends, native
 from ..functional import adamss_linear
 from ..layout import SubspaceLayout
+from ..native import cuda_library
 
 _LIBRARIES = ("torch", "triton", "numpy", "scikit-learn", "safetensors", "peft", "transformers")
 
@@ -45,6 +46,7 @@ def collect() -> dict[str, Any]:
         "cpu": {"threads": torch.get_num_threads(), "torch_isa": torch.backends.cpu.get_cpu_capability()},
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "native": native.describe(),
+        "cuda": cuda_library.describe(),
         "backends": backends,
     }
 
@@ -94,6 +96,8 @@ def _as_text(report: dict[str, Any]) -> str:
     lines += [f"  {f'cuda:{i}':<14}{name}" for i, name in enumerate(report["gpus"])] or []
     lines += ["", "native library"]
     lines += [f"  {key:<14}{value}" for key, value in report["native"].items()]
+    lines += ["", "CUDA library"]
+    lines += [f"  {key:<14}{value}" for key, value in report["cuda"].items()]
     lines += ["", "backends"]
     lines += [f"  {name:<14}{state}" for name, state in report["backends"].items()]
     return "\n".join(lines)

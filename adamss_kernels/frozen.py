@@ -1,0 +1,55 @@
+"""What follows from a frozen B alone, computed once: the projection Q, q of the GPU backends."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+class _Projection(NamedTuple):
+    state: tuple[object, ...]
+    frozen: tuple[Tensor | None, ...]
+    Q: Tensor
+    q: Tensor | None
+
+
+_projections: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def frozen_projection(
+    project: Callable[..., tuple[Tensor, Tensor | None]],
+    basis: Tensor,
+    basis_bias: Tensor | None,
+    B: Tensor,
+    offsets: Tensor,
+    active: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    """Return Q and q, computed once for every version of a frozen B, its basis and its mask.
+
+    B counts as frozen when it does not require gradients. A changed version is written over the old Q, so the address
+    that a CUDA graph recorded stays valid; a graph that replays across such a change reads the new Q only after some
+    call outside a graph has computed it.
+    """
+    frozen = (basis, basis_bias, active)
+    if B.requires_grad or any(t is not None and t.is_inference() for t in (B, *frozen)):
+        return project(basis, basis_bias, B, offsets, active, dtype)
+    # `module.to` puts other data into the same tensor; only writing in place counts versions.
+    state = (dtype, B.data_ptr(), B._version, *(None if t is None else (t.data_ptr(), t._version) for t in frozen))
+    held = _projections.get(B)
+    if held is not None and held.state == state and all(map(operator.is_, held.frozen, frozen)):
+        return held.Q, held.q
+    with torch.inference_mode(False):  # or the next version could not be written over it
+        Q, q = project(basis, basis_bias, B, offsets, active, dtype)
+    if B.is_cuda and torch.cuda.is_current_stream_capturing():
+        # Memory of the graph's pool holds a value only once the graph has run.
+        return Q, q
+    if held is not None and (held.Q.dtype, held.Q.device, held.q is None) == (dtype, B.device, q is None):
+        Q, q = held.Q.copy_(Q), None if q is None else held.q.copy_(q)
+    _projections[B] = _Projection(state, frozen, Q, q)
+    return Q, q
