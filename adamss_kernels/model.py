@@ -90,7 +90,7 @@ def merge_adapter(model: nn.Module) -> nn.Module:
     an error is raised, none.
 
     Args:
-        model: Changed in place; a model that `inject_adamss`, `inject_adapter` or `load_adapter` has adapted, merged or not.
+        model: Changed in place; what `inject_adamss`, `inject_adapter` or `load_adapter` has adapted, merged or not.
 
     Returns:
         `model` itself, which needs `adamss_kernels` no longer.
