@@ -29,6 +29,9 @@ _LOOKS: dict[str, tuple[str, str, Any, str]] = {
     "adamss": ("1.0", "----", "-", "0.6"),
 }
 
+_TOP = 150
+"""Per cent of LoRA's error at which bars are cut and say their height."""
+
 
 def tables(results: dict[str, Any]) -> str:
     """Return a table for each start and measure, methods by matrices, and what the paper's claim comes to."""
@@ -97,9 +100,12 @@ def draw_comparison(path: Path, results: dict[str, Any]) -> bool:
             places = [i + (index - (len(methods) - 1) / 2) * step for i in range(len(matrices))]
             style = {"color": gray, "hatch": hatch, "edgecolor": "black", "linewidth": 0.6}
             axes.bar(places, heights, step, yerr=deviations, capsize=1.5, label=method, error_kw={"lw": 0.7}, **style)
+            for place, height in zip(places, heights, strict=True):
+                if height > _TOP:
+                    axes.text(place + step / 2, _TOP - 2, f" {height:.0f}", ha="left", va="top", fontsize="small")
         axes.axhline(100, color="black", linewidth=0.8, linestyle="--")
         axes.set_xticks(range(len(matrices)), [name.replace("_", "\n") for name in matrices])
-        axes.set(ylabel="nuclear error, RMS (% of LoRA's)")
+        axes.set(ylabel="nuclear error, RMS (% of LoRA's)", ylim=(0, _TOP))
         axes.set_title(title.format(noise=results["settings"]["perturbation"]), loc="left", fontsize="medium")
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
