@@ -25,14 +25,16 @@ BASE = "adamw"
 DEFAULTS = {"layers": 48, "D": 1024, "K": 10, "r": 1, "R": 100}
 _ASA = {"init_warmup": 1, "final_warmup": 10**9, "asa_target_subspaces": 1, "use_asa": True}
 # Optimizer steps between events: step 2 is one, or it is not.
-_PASSES = {"update": 10**9 - 1, "update with event": 1}
+PASSES = {"update": 10**9 - 1, "update with event": 1}
 UPDATE_BYTES = 6 * 4
 """An update reads weight, gradient and both averages of each float32 element, and writes the averages."""
 UPDATE_FLOPS = 8
 """Operations for each element: |w g|, its deviation, two averages."""
 
 
-def measure(case: dict[str, Any], names: Sequence[str] | None, settings: Settings) -> Iterator[Row]:
+def measure(
+    case: dict[str, Any], names: Sequence[str] | None, settings: Settings, passes: Sequence[str] = tuple(PASSES)
+) -> Iterator[Row]:
     """Time one update of the allocator on a model whose parameters and gradients are random.
 
     Yields:
@@ -44,8 +46,8 @@ def measure(case: dict[str, Any], names: Sequence[str] | None, settings: Setting
     """
     known = [BASE, "ours", *(["peft-adamss"] if importlib.util.find_spec("peft") else [])]
     chosen = [BASE, *(name for name in names or known if name != BASE)]
-    for direction, interval in _PASSES.items():
-        contenders, elements = _contenders(chosen, case, interval, settings.device)
+    for direction in passes:
+        contenders, elements = _contenders(chosen, case, PASSES[direction], settings.device)
         results = summary(interleaved(contenders, settings), BASE)
         for name in chosen:
             row = {"suite": "asa", "case": {"pass": direction, **case}, "provider": name, **results[name]}
@@ -109,9 +111,9 @@ def _fill_gradients(model: nn.Module) -> list[nn.Parameter]:
     return trained
 
 
-def _optimizer(parameters: list[nn.Parameter], **options: bool) -> torch.optim.Optimizer:
+def _optimizer(parameters: list[nn.Parameter], fused: bool | None = None) -> torch.optim.Optimizer:
     """Return an AdamW that changes nothing, so that every repetition sees the same numbers."""
-    return torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, **options)
+    return torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, fused=fused)
 
 
 def _check(model: nn.Sequential, allocator: SubspaceAllocator) -> None:

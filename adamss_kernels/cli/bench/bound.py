@@ -73,7 +73,8 @@ def _best_seconds(call: Callable[[], object], device: torch.device) -> float:
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     call()
     sync()
-    times, repeats = [], 1
+    times: list[float] = []
+    repeats = 1
     while len(times) < 7:
         start = time.perf_counter()
         for _ in range(repeats):

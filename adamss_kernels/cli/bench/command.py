@@ -54,7 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, print, write and draw; or compare."""
     if args.compare:
-        return compare.report(*args.compare, args.threshold)
+        before, after = args.compare
+        return compare.report(before, after, args.threshold)
     suites = args.suites or list(SUITES)
     if args.shapes and len(suites) != 1:
         raise SystemExit("--shapes: expected one suite beside it, whose fields it names")
@@ -149,5 +150,7 @@ def _shape(text: str) -> dict[str, Any]:
 def _known(shape: dict[str, Any], module: ModuleType, suite: str) -> dict[str, Any]:
     unknown = sorted(set(shape) - set(module.DEFAULTS))
     if unknown:
-        raise SystemExit(f"--shapes: bench {suite} has no {unknown[0]!r}; expected some of {', '.join(module.DEFAULTS)}")
+        raise SystemExit(
+            f"--shapes: bench {suite} has no {unknown[0]!r}; expected some of {', '.join(module.DEFAULTS)}"
+        )
     return shape

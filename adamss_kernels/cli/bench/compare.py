@@ -1,10 +1,10 @@
 """Two runs against each other: what moved by more than their noise, and by more than matters.
 
 Times are compared as ratios to the base of their own run, so that a faster machine is not a faster kernel. The noise of
-a median over rounds is its bootstrap standard error, over blocks of rounds because neighbours are alike. A row has moved
-where its interval, wide enough to hold for all rows at once with 99 % confidence, lies wholly outside of the band of
-`threshold` around "unchanged": two runs of the same code differ by a little more than their rounds tell, in where their
-memory lies for example. What is counted rather than timed (bytes, operators) has moved where it leaves that band.
+a median over rounds is its bootstrap standard error, over blocks of rounds because neighbours are alike. A row has
+moved where its interval, wide enough to hold for all rows at once with 99 % confidence, lies wholly outside of the band
+of `threshold` around "unchanged": two runs of the same code differ by a little more than their rounds tell, in where
+their memory lies for example. What is counted rather than timed (bytes, operators) has moved where it leaves that band.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 A machine that slows down for a while slows all contenders, so what is compared are the times of one round: a ratio is
 the median over rounds of (contender / base in the same round). Who comes after whom is drawn anew in every round.
 
-A turn is one discarded call and then as many timed ones as fill `SAMPLE_SECONDS`. Switching at every call instead would
+A turn is one discarded call and then as many timed ones as fill `SAMPLE_SECONDS`; a single call that fills it by itself
+warms itself, and nothing is discarded. Switching at every call instead would
 time each contender with its caches filled by another one, the slowest of them the most wasteful; running one contender
 to the end before the next would compare two different minutes. Within a turn the contender is warm as a layer in a
 training loop is: its code and its parameters were used a moment ago. Its input was not: on the CPU, calls take their
@@ -67,7 +68,8 @@ def interleaved(contenders: Mapping[str, Contender], settings: Settings) -> dict
     with _undisturbed():
         calls = {}
         for name, contender in contenders.items():
-            timer(contender, 1)
+            for _ in range(3):
+                timer(contender, 1)
             calls[name] = max(1, min(1000, round(SAMPLE_SECONDS / timer(contender, 1))))
         end = time.perf_counter() + settings.seconds
         rounds = 0
@@ -150,13 +152,13 @@ def _l2_bytes() -> int:
 
 
 def _cpu_seconds(contender: Contender, calls: int) -> float:
-    """Return the mean seconds of `calls` calls after one that is not timed."""
+    """Return the mean seconds of `calls` calls, of several after one that is not timed."""
     total = 0.0
-    for index in range(calls + 1):
+    for index in range(-int(calls > 1), calls):
         contender.prepare()
         start = time.perf_counter()
         contender.call()
-        if index:
+        if index >= 0:
             total += time.perf_counter() - start
     return total / calls
 
@@ -167,14 +169,14 @@ def _gpu_timer(device: torch.device) -> Callable[[Contender, int], float]:
 
     def seconds(contender: Contender, calls: int) -> float:
         pairs = []
-        for index in range(calls + 1):
+        for index in range(-int(calls > 1), calls):
             contender.prepare()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             scratch.zero_()
             start.record()
             contender.call()
             end.record()
-            if index:
+            if index >= 0:
                 pairs.append((start, end))
         torch.cuda.synchronize(device)
         return sum(start.elapsed_time(end) for start, end in pairs) / 1e3 / calls

@@ -56,8 +56,9 @@ def build(names: Sequence[str], case: dict[str, Any], device: torch.device) -> d
     Raises:
         ValueError: A name is none of these.
     """
-    # Otherwise compiled providers run into dynamo's recompilation limit and go eager.
-    torch._dynamo.reset()
+    if any(name.endswith(_COMPILED) for name in names):
+        # Otherwise they run into dynamo's recompilation limit and go eager.
+        torch._dynamo.reset()
     torch.manual_seed(0)
     dtype = getattr(torch, case["dtype"])
     linear = nn.Linear(case["D"], case["N"])
@@ -71,7 +72,7 @@ def build(names: Sequence[str], case: dict[str, Any], device: torch.device) -> d
     for name in names:
         plain = name.removesuffix(_COMPILED)
         provider = _provider(plain, linear, ours)
-        built[name] = provider if name == plain else provider._replace(layer=torch.compile(provider.layer))
+        built[name] = provider if name == plain else provider._replace(layer=_compiled(provider.layer))
     return built
 
 
@@ -112,6 +113,11 @@ def _peft(linear: nn.Linear, config: str, **options: object) -> Any:
 
     model = nn.ModuleDict({"linear": linear})
     return peft.inject_adapter_in_model(getattr(peft, config)(target_modules=["linear"], **options), model)["linear"]
+
+
+def _compiled(layer: nn.Module) -> nn.Module:
+    compiled: Any = torch.compile(layer)
+    return compiled
 
 
 def _checked(

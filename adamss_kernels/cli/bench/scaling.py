@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import asa, init, layer
+from . import asa, init, layer, providers
 from .measure import Settings
 from .results import Row
 
@@ -16,7 +16,6 @@ DEFAULTS = {"of": "layer", "sweep": "M", **layer.DEFAULTS}
 _SUBJECTS = {"layer": layer, "init": init, "asa": asa}
 # Subject and variable to what stays fixed, and the values: of the short run, and of the full one.
 _LAYER, _CHAIN = {"M": 1024}, {"D": 128, "M": 256, "R": 32}
-_SMALL: dict[str, Any] = {"D": 128, "R": 32, "layers": 4}
 _SWEEPS: list[tuple[str, str, dict[str, Any], Sequence[int], Sequence[int]]] = [
     ("layer", "M", {"D": 384}, (16, 128, 1024, 4096), [2**n for n in range(4, 16)]),
     ("layer", "M", {"D": 768}, (16, 128, 1024, 4096), [2**n for n in range(4, 16)]),
@@ -28,7 +27,7 @@ _SWEEPS: list[tuple[str, str, dict[str, Any], Sequence[int], Sequence[int]]] = [
     ("init", "D", {"layers": 1}, (256, 768, 2048), (128, 256, 512, 768, 1024, 2048, 4096)),
     ("init", "K", {"layers": 1}, (1, 8, 64), (1, 2, 4, 8, 16, 32, 64)),
     ("init", "r", {"layers": 1}, (1, 4, 16), (1, 2, 4, 8, 16)),
-    ("init", "layers", {"D": 128, "R": 32}, (1, 8, 60), (1, 2, 6, 12, 24, 48, 96, 240, 480)),
+    ("init", "layers", {"D": 128, "R": 32}, (1, 6, 24), (1, 2, 6, 12, 24, 48, 96, 240, 480)),
     ("asa", "D", {"layers": 12}, (256, 768, 2048), (128, 256, 512, 768, 1024, 2048, 4096)),
     ("asa", "K", {"layers": 12, "D": 256}, (1, 8, 64), (1, 2, 4, 8, 16, 32, 64)),
     ("asa", "r", {"layers": 12, "D": 256}, (1, 4, 16), (1, 2, 4, 8, 16)),
@@ -41,10 +40,11 @@ def measure(case: dict[str, Any], names: Sequence[str] | None, settings: Setting
     subject = _SUBJECTS[case["of"]]
     rest = {name: value for name, value in case.items() if name not in ("of", "sweep")}
     if names is None and subject is layer:
-        able = layer.providers.defaults(settings.device, getattr(torch, case["dtype"]))
+        able = providers.defaults(settings.device, getattr(torch, case["dtype"]))
         # The first after the bare layer is the backend that "auto" takes.
         names = [name for name in able if name in (able[0], able[1], "peft-adamss")]
-    for row in subject.measure(rest, names, settings):  # type: ignore[attr-defined]
+    extra = {"passes": ("update",)} if subject is asa else {}
+    for row in subject.measure(rest, names, settings, **extra):  # type: ignore[attr-defined]
         yield {**row, "suite": "scaling", "case": {"of": case["of"], "sweep": case["sweep"], **row["case"]}}
 
 
