@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapters import METHODS, AdapterLinear
 from .config import AdaMSSConfig
 from .decompose import Decomposition, decompose
+from .frozen_linear import FrozenLinear
 from .layout import SubspaceLayout
 from .linear import FusedAdaMSSLinear
-from .model import adamss_layers, modules_to_save, replace_modules, unwrap
+from .model import adapted_layers, modules_to_save, replace_modules, unwrap
 from .sketch import relative_difference, sketch
 
 TENSORS_FILE = "adapter.safetensors"
@@ -41,59 +43,65 @@ class BaseWeightWarning(UserWarning):
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, compact: bool = False) -> Path:
-    """Save what training has made of `model`: B, C, masks, row map and basis of each layer, and `modules_to_save`.
+    """Save what training has made of `model`: each layer's update with all that it needs, and `modules_to_save`.
+
+    Of AdaMSS that is B, C, masks, row map and basis; of the related methods their parameters and frozen factors.
 
     A sketch of each base weight goes with them, by which `load_adapter` recognises the base. The files are replaced
     atomically: whatever happens meanwhile, the directory holds a complete checkpoint, the old one or the new one.
 
     Args:
-        model: A model that `inject_adamss` or `load_adapter` has adapted, merged or not; DDP and `torch.compile`
-            wrappers are looked through. Of DDP's ranks the first writes; under FSDP2 every rank has to call, the first
-            one writes whole tensors, and the call returns everywhere when they are on disk.
+        model: A model that `inject_adamss`, `inject_adapter` or `load_adapter` has adapted, merged or not; DDP and
+            `torch.compile` wrappers are looked through. Of DDP's ranks the first writes; under FSDP2 every rank has to
+            call, the first one writes whole tensors, and the call returns everywhere when they are on disk.
         directory: Created where missing.
-        compact: Leave out the basis, nearly all of the file, and rebuild it on load from the base weight; such a file
-            is bound to exactly that base weight.
+        compact: Leave out AdaMSS's basis, nearly all of the file, and rebuild it on load from the base weight; such a
+            file is bound to exactly that base weight.
 
     Returns:
         The path of the safetensors file.
 
     Raises:
-        ValueError: `model` has no AdaMSS layer.
+        ValueError: `model` has no adapted layer, or `compact` is asked of a method other than AdaMSS.
     """
     from safetensors.torch import save_file
 
     writes, model = _is_writer(model), unwrap(model)
-    layers = adamss_layers(model)
+    layers = adapted_layers(model)
     if not layers:
-        raise ValueError("model: has no FusedAdaMSSLinear; adapt it with inject_adamss first")
-    config = next(iter(layers.values())).config
+        raise ValueError("model: has no FusedAdaMSSLinear or adapter; use inject_adamss or inject_adapter first")
 
     header: dict[str, Any] = {
         "format": "adamss_kernels",
         "format_version": FORMAT_VERSION,
         "compact": compact,
-        "config": config.to_dict(),
         "layers": {},
         "modules_to_save": [],
     }
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        header["layers"][name] = {
+        stored = {key: _whole(t) for key, t in layer.state_dict().items() if key not in ("weight", "bias")}
+        info = header["layers"][name] = {
             "out_features": layer.out_features,
             "in_features": layer.in_features,
             "bias": layer.bias is not None,
             "base_dtype": str(layer.weight.dtype).removeprefix("torch."),
-            "r": layer.basis.shape[0],
-            "ranks": list(layer.layout.ranks),
         }
-        stored: dict[str, Tensor | None] = {key: _whole(getattr(layer, key)) for key in _STORED}
         weight, bias = layer.base_parameters()
         stored["base_sketch"] = sketch(_augmented(_whole(weight), _whole(bias)))
-        if compact:
-            stored["basis_sketch"] = sketch(_augmented(layer.basis, layer.basis_bias))
-            stored["basis"] = stored["basis_bias"] = None
-        tensors |= {f"layers.{name}.{key}": t for key, t in stored.items() if t is not None}
-    for name, module in modules_to_save(model, config).items():
+        if isinstance(layer, FusedAdaMSSLinear):
+            header.setdefault("config", layer.config.to_dict())
+            info |= {"r": layer.basis.shape[0], "ranks": list(layer.layout.ranks)}
+            if compact:
+                stored["basis_sketch"] = sketch(_augmented(layer.basis, layer.basis_bias))
+                stored = {key: t for key, t in stored.items() if key not in ("basis", "basis_bias")}
+        elif isinstance(layer, AdapterLinear):
+            if compact:
+                raise ValueError(f"compact: {name} is a {type(layer).__name__}, which has no basis that can be rebuilt")
+            info |= {"method": layer.method, "options": layer.options}
+        tensors |= {f"layers.{name}.{key}": t for key, t in stored.items()}
+    names = dict.fromkeys(name for layer in layers.values() for name in layer.modules_to_save)
+    for name, module in modules_to_save(model, names).items():
         header["modules_to_save"].append(name)
         tensors |= {f"modules.{name}.{key}": _whole(t) for key, t in module.state_dict().items()}
 
@@ -119,7 +127,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], *, strict:
     Nothing is changed unless everything fits.
 
     Args:
-        model: The base model, or one that is already adapted (its AdaMSS layers are replaced).
+        model: The base model, or one that is already adapted (its adapted layers are replaced).
         directory: Where `save_adapter` wrote.
         strict: Refuse a base weight that differs by more than 5 % from the one trained on; False only warns.
 
@@ -137,7 +145,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], *, strict:
     root = unwrap(model)
     path = Path(directory) / TENSORS_FILE
     checkpoint = _read(path)
-    extra = adamss_layers(root).keys() - checkpoint.header["layers"].keys()
+    extra = adapted_layers(root).keys() - checkpoint.header["layers"].keys()
     if extra:
         raise ValueError(f"{path}: has no layer {min(extra)!r}, which is adapted in this model")
 
@@ -153,15 +161,12 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], *, strict:
     return model
 
 
-_STORED = ("basis", "basis_bias", "B", "C", "row_subspace", "ranks", "active", "trainable")
-
-
 class _Checkpoint:
     """The contents of a checkpoint file; `take` hands out tensors and complains by name."""
 
     def __init__(self, path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self.path, self.header, self.tensors = path, header, tensors
-        self.config = AdaMSSConfig(**header["config"])
+        self.config = AdaMSSConfig(**header["config"]) if "config" in header else None
         self.used: set[str] = set()
 
     def take(self, key: str, shape: tuple[int, ...]) -> Tensor:
@@ -193,21 +198,21 @@ def _read(path: Path) -> _Checkpoint:
     return _Checkpoint(path, header, tensors)
 
 
-def _load_layer(model: nn.Module, name: str, checkpoint: _Checkpoint, strict: bool) -> FusedAdaMSSLinear:
+def _load_layer(model: nn.Module, name: str, checkpoint: _Checkpoint, strict: bool) -> FrozenLinear:
     """Build the layer that replaces module `name`, after checking everything that it is built from."""
     info = checkpoint.header["layers"][name]
     module = _find(model, name, checkpoint.path)
-    N, D, R = info["out_features"], info["in_features"], info["r"]
+    N, D = info["out_features"], info["in_features"]
     weight: Tensor
     bias: Tensor | None
     if type(module) is nn.Linear:
         weight, bias = module.weight, module.bias
-    elif isinstance(module, FusedAdaMSSLinear):
+    elif isinstance(module, FrozenLinear):
         weight, bias = module.base_parameters()
         weight = nn.Parameter(weight.to(module.weight.device), requires_grad=False)
         bias = None if bias is None else nn.Parameter(bias.to(module.weight.device), requires_grad=False)
     else:
-        raise ValueError(f"{name}: expected an nn.Linear or FusedAdaMSSLinear, got {type(module).__qualname__}")
+        raise ValueError(f"{name}: expected an nn.Linear or an adapted one, got {type(module).__qualname__}")
     if tuple(weight.shape) != (N, D) or (bias is not None) != info["bias"]:
         expected, got = (
             f"{shape} {'with' if b else 'without'} bias"
@@ -216,14 +221,22 @@ def _load_layer(model: nn.Module, name: str, checkpoint: _Checkpoint, strict: bo
         raise ValueError(f"{name}: the adapter was trained on a weight of shape {expected}, got {got}")
 
     _check_base(name, sketch(_augmented(weight, bias)), checkpoint.take(f"layers.{name}.base_sketch", (8, 8)), strict)
+    load = _load_related if "method" in info else _load_adamss
+    return load(name, weight, bias, checkpoint).train(module.training)
 
-    ranks = tuple(info["ranks"])
+
+def _load_adamss(name: str, weight: Tensor, bias: Tensor | None, checkpoint: _Checkpoint) -> FrozenLinear:
+    config = checkpoint.config
+    if config is None:
+        raise ValueError(f"{checkpoint.path}: has an AdaMSS layer {name!r} but no config")
+    info = checkpoint.header["layers"][name]
+    (N, D), R, ranks = weight.shape, info["r"], tuple(info["ranks"])
     rho, K = sum(ranks), len(ranks)
     shapes = {"B": (rho, R), "C": (N, max(ranks)), "row_subspace": (N,), "ranks": (K,)}
     shapes |= {"active": (K,), "trainable": (K,)}
     if checkpoint.header["compact"]:
         stored = checkpoint.take(f"layers.{name}.basis_sketch", (8, 8))
-        basis, basis_bias = _rebuilt_basis(name, weight, bias, checkpoint.config, stored)
+        basis, basis_bias = _rebuilt_basis(name, weight, bias, config, stored)
     else:
         basis = checkpoint.take(f"layers.{name}.basis", (R, D))
         basis_bias = checkpoint.take(f"layers.{name}.basis_bias", (R,)) if info["bias"] else None
@@ -235,11 +248,27 @@ def _load_layer(model: nn.Module, name: str, checkpoint: _Checkpoint, strict: bo
 
     basis_bias = None if basis_bias is None else basis_bias.to(weight.device)
     decomposition = Decomposition(basis.to(weight.device), basis_bias, layout, t["B"], t["C"])
-    layer = FusedAdaMSSLinear(weight, bias, decomposition, checkpoint.config)
+    layer = FusedAdaMSSLinear(weight, bias, decomposition, config)
     layer.active.copy_(t["active"])
     layer.trainable.copy_(t["trainable"])
     layer.summarize_masks()
-    return layer.train(module.training)
+    return layer
+
+
+def _load_related(name: str, weight: Tensor, bias: Tensor | None, checkpoint: _Checkpoint) -> FrozenLinear:
+    info = checkpoint.header["layers"][name]
+    if info["method"] not in METHODS:
+        raise ValueError(f"{checkpoint.path}: layer {name!r}: unknown method {info['method']!r}")
+    # On meta nothing is drawn or decomposed.
+    N, D = weight.shape
+    shape = nn.Linear(D, N, bias=bias is not None, device="meta", dtype=weight.dtype)
+    layer = METHODS[info["method"]].from_linear(shape, **info["options"])
+    slots = {key: slot for key, slot in layer.state_dict().items() if key not in ("weight", "bias")}
+    state = {key: checkpoint.take(f"layers.{name}.{key}", tuple(slot.shape)) for key, slot in slots.items()}
+    layer.weight, layer.bias = weight, bias
+    layer.load_state_dict({key: t.to(weight.device) for key, t in state.items()}, strict=False, assign=True)
+    layer.modules_to_save = tuple(checkpoint.header["modules_to_save"])
+    return layer
 
 
 def _check_base(name: str, found: Tensor, expected: Tensor, strict: bool) -> None:

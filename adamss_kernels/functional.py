@@ -70,7 +70,7 @@ def apply(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    basis: Tensor,
+    basis: Tensor | None,
     basis_bias: Tensor | None,
     B: Tensor,
     C: Tensor,
@@ -88,21 +88,12 @@ def apply(
     `contributes=False` promises that no subspace is active: only the frozen layer is computed. `learns=False` promises
     that no subspace is both active and trainable: nothing is kept for B and C, whose gradients are zero. Both are known
     before anything runs, unlike the masks, so that a change of them recompiles.
-    """
-    device_type = x.device.type
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        # As autocast does: float64 is left alone.
-        x, weight = (t if t.dtype == torch.float64 else t.to(dtype) for t in (x, weight))
-        bias = bias if bias is None or bias.dtype == torch.float64 else bias.to(dtype)
-    if x.dtype != weight.dtype:
-        raise TypeError(f"x: expected the dtype of weight, {weight.dtype}, got {x.dtype}")
-    if bias is not None and bias.dtype != weight.dtype:
-        raise TypeError(f"bias: expected the dtype of weight, {weight.dtype}, got {bias.dtype}")
-    N, D = weight.shape
-    if x.dim() == 0 or x.shape[-1] != D:
-        raise ValueError(f"x: expected shape (..., {D}), got {tuple(x.shape)}")
 
+    Without a basis B is (RHO, D) and takes x itself, as in LoRA; then `save_for_backward` has to be "input", and the
+    backend native or reference.
+    """
+    x, weight, bias = as_linear_takes_them(x, weight, bias)
+    N, D = weight.shape
     shape = x.shape
     if x.dim() != 2:
         x = x.reshape(-1, D)
@@ -124,6 +115,29 @@ def apply(
         y = F.linear(x, weight, bias)
     # A view only where needed: FSDP2 warns of modules that return one, since in-place changes of it bypass its hooks.
     return y if len(shape) == 2 else y.reshape(*shape[:-1], N)
+
+
+def as_linear_takes_them(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the operands of a frozen layer with the dtypes that `F.linear` computes in, autocast's where it is on.
+
+    Raises:
+        TypeError: The dtypes do not agree.
+        ValueError: The last dimension of x is not the layer's D.
+    """
+    device_type = x.device.type
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        # As autocast does: float64 is left alone.
+        x, weight = (t if t.dtype == torch.float64 else t.to(dtype) for t in (x, weight))
+        bias = bias if bias is None or bias.dtype == torch.float64 else bias.to(dtype)
+    if x.dtype != weight.dtype:
+        raise TypeError(f"x: expected the dtype of weight, {weight.dtype}, got {x.dtype}")
+    if bias is not None and bias.dtype != weight.dtype:
+        raise TypeError(f"bias: expected the dtype of weight, {weight.dtype}, got {bias.dtype}")
+    D = weight.shape[1]
+    if x.dim() == 0 or x.shape[-1] != D:
+        raise ValueError(f"x: expected shape (..., {D}), got {tuple(x.shape)}")
+    return x, weight, bias
 
 
 class _AdaMSSLinear(torch.autograd.Function):

@@ -11,16 +11,16 @@ from torch.nn import functional as F
 
 from .config import AdaMSSConfig
 from .decompose import Decomposition, decompose
+from .frozen_linear import FrozenLinear
 from .functional import apply
 from .layout import SubspaceLayout, block_diagonal, column_mask
 
 
-class FusedAdaMSSLinear(nn.Module):
+class FusedAdaMSSLinear(FrozenLinear):
     """A frozen linear layer with a trainable AdaMSS update: y = x W^T + bias + ((x A^T + a) B^T) C^T.
 
     Attributes:
-        weight: W (N, D), frozen, the parameter of the layer it replaces.
-        bias: (N,), frozen, or None.
+        weight, bias: As in `FrozenLinear`.
         basis: A (R, D), frozen buffer.
         basis_bias: a (R,), frozen buffer, or None.
         B: (RHO, R), trainable.
@@ -34,8 +34,6 @@ class FusedAdaMSSLinear(nn.Module):
         config: The `AdaMSSConfig` it was made with.
     """
 
-    weight: Tensor
-    bias: Tensor | None
     basis: Tensor
     basis_bias: Tensor | None
     row_subspace: Tensor
@@ -53,13 +51,10 @@ class FusedAdaMSSLinear(nn.Module):
             decomposition: Basis, layout, B and C for this weight.
             config: Uses save_for_backward and backend.
         """
-        super().__init__()
+        super().__init__(weight, bias)
         basis, basis_bias, layout, B, C = decomposition
-        self.out_features, self.in_features = weight.shape
         self.config = config
-        self.weight = weight
-        self.register_parameter("bias", None)
-        self.bias = bias
+        self.modules_to_save = tuple(config.modules_to_save or ())
         self.B = nn.Parameter(B)
         self.C = nn.Parameter(C)
         self.register_buffer("basis", basis)
@@ -73,7 +68,6 @@ class FusedAdaMSSLinear(nn.Module):
         self.contributes = True
         self.learns = True
         self._layout = layout
-        self._original: tuple[Tensor, Tensor | None] | None = None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: AdaMSSConfig, *, name: str = "linear") -> FusedAdaMSSLinear:
@@ -89,20 +83,13 @@ class FusedAdaMSSLinear(nn.Module):
         """
         decomposition = decompose(linear.weight, linear.bias, config, name=name)
         layer = cls(linear.weight, linear.bias, decomposition, config).train(linear.training)
-        layer.weight.requires_grad_(False)
-        if layer.bias is not None:
-            layer.bias.requires_grad_(False)
+        layer.freeze_base()
         return layer
 
     @property
     def layout(self) -> SubspaceLayout:
         """Row assignment and ranks, on this layer's device."""
         return self._layout
-
-    @property
-    def merged(self) -> bool:
-        """Whether the update is folded into `weight` and `bias`."""
-        return self._original is not None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., D) to y (..., N); see `adamss_linear`."""
@@ -149,63 +136,6 @@ class FusedAdaMSSLinear(nn.Module):
         S = S.masked_fill(~column_mask(self.active, self.offsets, S.shape[0])[:, None], 0)
         return block_diagonal(self.C.to(acc), self.row_subspace, self.offsets, S.shape[0]).T @ S
 
-    def _merged_parameters(self) -> tuple[Tensor, Tensor | None]:
-        """Return W and bias plus their updates, summed in the update's dtype and rounded once."""
-        weight = (self.weight + self.delta_weight()).to(self.weight.dtype)
-        bias, delta_bias = self.bias, self.delta_bias()
-        if bias is not None and delta_bias is not None:
-            bias = (bias + delta_bias).to(bias.dtype)
-        if not (torch.isfinite(weight).all() and (bias is None or torch.isfinite(bias).all())):
-            raise ValueError("merge: the merged weight or bias is not finite; the adapter has diverged")
-        return weight, bias
-
-    @torch.no_grad()
-    def merge(self, *, keep_original_on: str | torch.device = "cpu") -> None:
-        """Fold the update into new `weight` and `bias` parameters; a no-op when already merged.
-
-        Parameters that other modules share (tied weights) keep their values. The state dict stays that of the
-        unmerged layer.
-
-        Args:
-            keep_original_on: Device that holds the original weight until `unmerge`.
-
-        Raises:
-            ValueError: The merged weight would not be finite; nothing is changed.
-        """
-        if self.merged:
-            return
-        weight, bias = self._merged_parameters()
-        self._original = (
-            self.weight.detach().to(keep_original_on, copy=True),
-            None if self.bias is None else self.bias.detach().to(keep_original_on, copy=True),
-        )
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Restore the original `weight` and `bias` bit for bit; a no-op when not merged."""
-        if self._original is None:
-            return
-        weight, bias = self._original
-        self.weight = nn.Parameter(weight.to(self.weight), requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias.to(self.weight), requires_grad=False)
-        self._original = None
-
-    @torch.no_grad()
-    def to_linear(self) -> nn.Linear:
-        """Return a plain `nn.Linear` with the update folded in, independent of this layer."""
-        weight, bias = (self.weight, self.bias) if self.merged else self._merged_parameters()
-        linear = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
-        linear.weight = nn.Parameter(weight.detach().clone())
-        if bias is not None:
-            linear.bias = nn.Parameter(bias.detach().clone())
-        return linear.train(self.training)
-
-    def base_parameters(self) -> tuple[Tensor, Tensor | None]:
-        """Return W and bias without the update, merged or not (then on the device that `merge` was told)."""
-        return self._original or (self.weight.detach(), None if self.bias is None else self.bias.detach())
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedAdaMSSLinear:
         super()._apply(fn, recurse)
         self._bind_layout()
@@ -215,16 +145,7 @@ class FusedAdaMSSLinear(nn.Module):
         """Point the layout at the buffers, after they have been moved or replaced."""
         self._layout = self._layout.with_tensors(self.row_subspace, self.offsets)
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._original is not None:
-            # Loading a merged weight beside B and C would apply the update twice.
-            destination[prefix + "weight"], original_bias = self._original
-            if original_bias is not None:
-                destination[prefix + "bias"] = original_bias
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self.unmerge()
         ranks = state_dict.get(prefix + "ranks")
         if ranks is not None and tuple(ranks.tolist()) != self._layout.ranks:
             error_msgs = args[-1]

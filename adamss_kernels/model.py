@@ -1,14 +1,15 @@
-"""`inject_adamss`: replace the targeted linear layers of a model in place."""
+"""`inject_adamss`: replace the targeted linear layers of a model in place, all or none."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import nn
 
 from .config import AdaMSSConfig
 from .decompose import decompose
+from .frozen_linear import FrozenLinear
 from .linear import FusedAdaMSSLinear
 
 
@@ -32,51 +33,73 @@ def inject_adamss(model: nn.Module, config: AdaMSSConfig, *, progress: bool = Tr
         ValueError: A pattern matches nothing, or `model` is itself the linear layer.
         TypeError: A target is not exactly an `nn.Linear`, so that its forward cannot be replaced safely.
     """
+
+    def build(linear: nn.Linear, name: str) -> FusedAdaMSSLinear:
+        decomposition = decompose(linear.weight, linear.bias, config, name=name)
+        return FusedAdaMSSLinear(linear.weight, linear.bias, decomposition, config)
+
+    replace_targets(model, config, build, title="AdaMSS init", progress=progress)
+    return model
+
+
+def replace_targets(
+    model: nn.Module,
+    choice: AdaMSSConfig,
+    build: Callable[[nn.Linear, str], FrozenLinear],
+    *,
+    title: str,
+    progress: bool,
+) -> None:
+    """Replace the linear layers that `choice` targets by what `build(linear, name)` makes of each, all or none.
+
+    `build` shares the parameters of the linear layer and leaves them as they are. Raises as `inject_adamss` does.
+    """
     from tqdm.auto import tqdm
 
     if isinstance(model, nn.Linear):
         raise ValueError("model: is itself an nn.Linear, which cannot be replaced in place; use from_linear")
-    saved = modules_to_save(model, config)
-    targets = _targets(model, config)
+    saved = modules_to_save(model, choice.modules_to_save or ())
+    targets = _targets(model, choice)
 
-    layers: dict[nn.Linear, FusedAdaMSSLinear] = {}
-    with tqdm(targets.items(), desc="AdaMSS init", unit="layer", disable=not progress) as bar:
+    layers: dict[nn.Linear, FrozenLinear] = {}
+    with tqdm(targets.items(), desc=title, unit="layer", disable=not progress) as bar:
         for name, linear in bar:
             bar.set_postfix_str(name)
             if linear not in layers:
-                decomposition = decompose(linear.weight, linear.bias, config, name=name)
-                layer = FusedAdaMSSLinear(linear.weight, linear.bias, decomposition, config)
-                layers[linear] = layer.train(linear.training)
+                layers[linear] = build(linear, name).train(linear.training)
     replace_modules(model, {name: layers[linear] for name, linear in targets.items()}, saved.values())
-    return model
 
 
-def replace_modules(model: nn.Module, layers: dict[str, FusedAdaMSSLinear], saved: Iterable[nn.Module]) -> None:
-    """Put `layers` in place under their names, then train their B and C and the `saved` modules and nothing else."""
+def replace_modules(model: nn.Module, layers: dict[str, FrozenLinear], saved: Iterable[nn.Module]) -> None:
+    """Put `layers` in place under their names, then train their updates and the `saved` modules and nothing else."""
     for name, layer in layers.items():
         model.set_submodule(name, layer)
     model.requires_grad_(False)
     for layer in layers.values():
-        layer.B.requires_grad_(True)
-        layer.C.requires_grad_(True)
+        layer.train_update()
     for module in saved:
         module.requires_grad_(True)
 
 
-def modules_to_save(model: nn.Module, config: AdaMSSConfig) -> dict[str, nn.Module]:
-    """Return the modules that `config.modules_to_save` names.
+def modules_to_save(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    """Return the modules that a config's `modules_to_save` names.
 
     Raises:
         ValueError: A name matches no module.
     """
     found: dict[str, nn.Module] = {}
-    for suffix in config.modules_to_save or ():
+    for suffix in names:
         matches = {name: m for name, m in model.named_modules() if name == suffix or name.endswith("." + suffix)}
         if not matches:
             top = [name for name, _ in model.named_children()]
             raise ValueError(f"modules_to_save: {suffix!r} matches no module; top-level modules are {top}")
         found.update(matches)
     return found
+
+
+def adapted_layers(model: nn.Module) -> dict[str, FrozenLinear]:
+    """Return the layers of any method in `model` by name, each once, in registration order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, FrozenLinear)}
 
 
 def adamss_layers(model: nn.Module) -> dict[str, FusedAdaMSSLinear]:

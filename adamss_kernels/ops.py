@@ -21,12 +21,12 @@ _OVERRIDE = os.environ.get("ADAMSS_BACKEND") or "auto"
 
 _library = torch.library.Library("adamss_kernels", "DEF")
 _library.define(
-    "linear_forward(Tensor x, Tensor weight, Tensor? bias, Tensor basis, Tensor? basis_bias, Tensor B, Tensor C, "
+    "linear_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? basis, Tensor? basis_bias, Tensor B, Tensor C, "
     "Tensor row_subspace, Tensor offsets, Tensor? active, bool keep_S, bool keep_P, str backend) "
     "-> (Tensor y, Tensor S, Tensor P)"
 )
 _library.define(
-    "linear_backward(Tensor dy, Tensor? x, Tensor? S, Tensor? P, Tensor weight, Tensor basis, Tensor? basis_bias, "
+    "linear_backward(Tensor dy, Tensor? x, Tensor? S, Tensor? P, Tensor weight, Tensor? basis, Tensor? basis_bias, "
     "Tensor B, Tensor C, Tensor row_subspace, Tensor offsets, Tensor? active, Tensor? trainable, bool[] needs, "
     "str backend) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dB, Tensor dC)"
 )

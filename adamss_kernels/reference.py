@@ -26,7 +26,7 @@ def forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    basis: Tensor,
+    basis: Tensor | None,
     basis_bias: Tensor | None,
     B: Tensor,
     C: Tensor,
@@ -38,6 +38,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute y = x W^T + bias + S C^T with C^T the (RHO, N) block-diagonal of C, and what backward needs of it.
 
+    Without a basis B (RHO, D) takes x itself: Q = B.
+
     Returns:
         y (M, N), dtype of x.
         S (M, RHO), accumulation dtype; empty (0,) unless `keep_S`.
@@ -45,6 +47,7 @@ def forward(
     """
     acc = accumulation_dtype(x.dtype)
     if keep_P:
+        assert basis is not None
         At = basis.T.to(x.dtype)
         P = x @ At if basis_bias is None else torch.addmm(basis_bias.to(x.dtype), x, At)
         S = (P @ B.T.to(x.dtype)).to(acc)
@@ -70,7 +73,7 @@ def backward(
     S: Tensor | None,
     P: Tensor | None,
     weight: Tensor,
-    basis: Tensor,
+    basis: Tensor | None,
     basis_bias: Tensor | None,
     B: Tensor,
     C: Tensor,
@@ -115,7 +118,9 @@ def backward(
             dB = (dS.to(dy.dtype).T @ P).to(acc)
         else:
             assert x is not None
-            dB = (dS.to(dy.dtype).T @ x).to(acc) @ basis.T.to(acc)
+            dB = (dS.to(dy.dtype).T @ x).to(acc)
+            if basis is not None:
+                dB = dB @ basis.T.to(acc)
             if basis_bias is not None:
                 dB += torch.outer(dS.sum(0), basis_bias.to(acc))
         dB = _only(learns, dB).to(B.dtype)
@@ -133,11 +138,11 @@ def backward(
 
 
 def input_projection(
-    basis: Tensor, basis_bias: Tensor | None, B: Tensor, acc: torch.dtype
+    basis: Tensor | None, basis_bias: Tensor | None, B: Tensor, acc: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """Return Q = B A (RHO, D) and q = B a (RHO,), which take x straight to S = x Q^T + q, in the dtype `acc`."""
+    """Return Q = B A (RHO, D) and q = B a (RHO,), which take x to S = x Q^T + q, in `acc`; Q = B without A."""
     B = B.to(acc)
-    return B @ basis.to(acc), None if basis_bias is None else B @ basis_bias.to(acc)
+    return B if basis is None else B @ basis.to(acc), None if basis_bias is None else B @ basis_bias.to(acc)
 
 
 def _only(columns: Tensor | None, grad: Tensor) -> Tensor:

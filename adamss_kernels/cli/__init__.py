@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 
 # Each command is a module with `add_arguments(parser)` and `run(args) -> int`; its docstring is its help.
-COMMANDS = ("info", "demo", "bench", "tune")
+COMMANDS = ("info", "demo", "bench", "compare", "tune")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

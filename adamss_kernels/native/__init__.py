@@ -32,7 +32,7 @@ def forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    basis: Tensor,
+    basis: Tensor | None,
     basis_bias: Tensor | None,
     B: Tensor,
     C: Tensor,
@@ -47,6 +47,7 @@ def forward(
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
     P = x.new_empty(0)
     if keep_P:
+        assert basis is not None
         At = basis.to(x.dtype).t()
         P = torch.mm(x, At) if basis_bias is None else torch.addmm(basis_bias.to(x.dtype), x, At)
         source, A, a = P, None, None
@@ -86,7 +87,7 @@ def backward(
     S: Tensor | None,
     P: Tensor | None,
     weight: Tensor,
-    basis: Tensor,
+    basis: Tensor | None,
     basis_bias: Tensor | None,
     B: Tensor,
     C: Tensor,
@@ -100,6 +101,9 @@ def backward(
     need_dx, need_dweight, need_dbias, need_dB, need_dC = needs
     acc = torch.float64 if dy.dtype == torch.float64 else torch.float32
     rows, source, projection = _rows(dy), None, None
+    if need_dB and basis is None:
+        # Then x is what B takes, in the place of P.
+        P = x
     if need_dB and P is not None:
         projection = _rows(P)
     elif need_dB:

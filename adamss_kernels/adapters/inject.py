@@ -1,0 +1,79 @@
+"""`inject_adapter`: replace the targeted linear layers of a model by those of any related method."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..config import AdaMSSConfig
+from ..model import replace_targets
+from .kradapter import KRAdapterLinear
+from .kronecker import KroneckerLinear
+from .layer import AdapterLinear
+from .lora import LoRALinear
+from .randlora import RandLoRALinear
+from .sinlora import SinLoRALinear
+from .spectral_additive import SpectralAdditiveLinear
+from .spectral_rotational import SpectralRotationalLinear
+
+METHODS: dict[str, type[AdapterLinear]] = {
+    layer.method: layer
+    for layer in (
+        LoRALinear,
+        SinLoRALinear,
+        RandLoRALinear,
+        KroneckerLinear,
+        KRAdapterLinear,
+        SpectralAdditiveLinear,
+        SpectralRotationalLinear,
+    )
+}
+"""Name of each method and the layer that has it; AdaMSS itself is `FusedAdaMSSLinear`."""
+
+
+def inject_adapter(
+    model: nn.Module,
+    method: str,
+    target_modules: str | list[str] | tuple[str, ...] | None = None,
+    *,
+    modules_to_save: list[str] | tuple[str, ...] | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> nn.Module:
+    """Replace the targeted `nn.Linear`s by layers of `method` and freeze everything else.
+
+    As `inject_adamss` does: the update of every adapted layer and all parameters under `modules_to_save` train, a
+    module with several names is wrapped once, and either all targets are replaced or none.
+
+    Args:
+        model: Changed in place.
+        method: A key of `METHODS`.
+        target_modules: Name suffixes, or one regular expression matched against full names; None takes every
+            `nn.Linear` outside `modules_to_save`.
+        modules_to_save: Name suffixes of modules that are trained in full and saved with the adapter.
+        progress: Show a progress bar with layer names and remaining time.
+        **options: Settings of the method, the same for every layer: see its class.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        ValueError: The method is unknown, an option is outside its domain, a pattern matches nothing, or `model` is
+            itself the linear layer.
+        TypeError: The method has no such option, or a target is not exactly an `nn.Linear`.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {tuple(METHODS)}, got {method!r}")
+    choice = AdaMSSConfig(target_modules=target_modules, modules_to_save=modules_to_save)
+
+    def build(linear: nn.Linear, name: str) -> AdapterLinear:
+        try:
+            layer = METHODS[method](linear.weight, linear.bias, **options)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        layer.modules_to_save = tuple(choice.modules_to_save or ())
+        return layer
+
+    replace_targets(model, choice, build, title=f"{method} init", progress=progress)
+    return model

@@ -1,0 +1,56 @@
+"""Spectral Adapter, additive: trainable offsets of singular vectors (Zhang and Pilanci 2024, arXiv:2405.13952)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .low_rank import LowRankLinear
+from .spectrum import singular_window
+
+
+class SpectralAdditiveLinear(LowRankLinear):
+    """W + dW = (U1 + dU) S1 (V1 + dV)^T + the rest of W, for r singular columns U1, S1, V1 of W.
+
+    As dW = [dU S1 | U1 S1] [V1 + dV | dV]^T it has rank 2 r at most, and W is never put together again. dU (N, r) and
+    dV (D, r) start at zero: r (N + D) parameters, r = min(rank, N, D).
+    """
+
+    method = "spectral_additive"
+
+    U1: Tensor
+    S1: Tensor
+    V1: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, rank: int = 8, window: str | int = "top") -> None:
+        """Decompose W; `from_linear` is the usual way.
+
+        Args:
+            weight: Parameter W (N, D), shared, not copied.
+            bias: Parameter (N,) or None; likewise.
+            rank: Singular columns that are tuned.
+            window: Which ones: "top", "bottom" or the index of the first; see `singular_window`.
+        """
+        super().__init__(weight, bias, rank=rank, window=window)
+        for name, tensor in zip(("U1", "S1", "V1"), singular_window(weight, rank, window), strict=True):
+            self.register_buffer(name, tensor)
+        self.dU = nn.Parameter(torch.zeros_like(self.U1))
+        self.dV = nn.Parameter(torch.zeros_like(self.V1))
+        self.bind_subspace(2 * self.S1.shape[0])
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """Return (2 r, D) and (N, 2 r), whose product is dW; no difference of large terms is taken."""
+        right = torch.cat((self.V1 + self.dV, self.dV), dim=1)
+        left = torch.cat((self.dU * self.S1, self.U1 * self.S1), dim=1)
+        return right.t(), left
+
+    def adapted(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Map x (M, D) to y (M, N)."""
+        return self.add_product(x, weight, bias, *self._factors())
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """Return the update of W (N, D), at least float32."""
+        acc = torch.promote_types(self.dU.dtype, torch.float32)
+        right, left = self._factors()
+        return left.to(acc) @ right.to(acc)
