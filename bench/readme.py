@@ -100,6 +100,23 @@ def full_table(rows: Rows) -> list[str]:
     return lines
 
 
+def methods_table(rows: Rows) -> list[str]:
+    """The related methods: parameters, speed and memory, so that one can choose."""
+    rows = _of(rows, "methods")
+    lines = []
+    for shape in dict.fromkeys(_shape(r) for r in rows):
+        lines += ["", f"**{shape}**, {_dtype(rows[0])}", ""] if lines else [f"**{shape}**, {_dtype(rows[0])}", ""]
+        lines.append("| method | trained | forward | forward + backward | peak MiB | saved MiB |")
+        lines.append("|---|---:|---:|---:|---:|---:|")
+        found = {(r["provider"], r["case"]["pass"]): r for r in rows if _shape(r) == shape}
+        for name in dict.fromkeys(name for name, _ in found):
+            one, both = found[name, FORWARD], found[name, FORWARD_BACKWARD]
+            memory = (f"{both[field] / 2**20:.3g}" for field in ("peak_bytes", "saved_bytes"))
+            ratios = (f"{r['ratio']['median']:.2f}" for r in (one, both))
+            lines.append(_cells(_title(name), f"{one['parameters']:,}", *ratios, *memory))
+    return lines
+
+
 def init_table(rows: Rows) -> list[str]:
     """Initialisation of a stack of layers."""
     lines = ["| layers | provider | seconds | ratio to the SVD alone |", "|---|---|---:|---:|"]
@@ -164,6 +181,7 @@ TABLES: dict[str, tuple[str, str, Callable[[Rows], list[str]]]] = {
     "asa": ("README.md", "asa", asa_table),
     "memory": ("README.md", "memory", memory_table),
     "layer-full": ("docs/benchmarks.md", "layer", full_table),
+    "methods": ("docs/benchmarks.md", "methods", methods_table),
     "init": ("docs/benchmarks.md", "init", init_table),
     "exponents": ("docs/benchmarks.md", "scaling", exponent_table),
 }

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import asa, compare, init, layer, memory, model, results, scaling
+from . import asa, compare, init, layer, memory, methods, model, results, scaling
 from .bound import measure_bound
 from .measure import Settings, pinned
 from .results import Row
@@ -20,6 +20,7 @@ from .results import Row
 # has DEFAULTS (the fields of a case), `complete(case)`, `cases(full)` and `measure(case, providers, settings)`.
 SUITES: dict[str, tuple[ModuleType, float, float]] = {
     "layer": (layer, 4, 20),
+    "methods": (methods, 3, 20),
     "model": (model, 15, 60),
     "init": (init, 4, 20),
     "asa": (asa, 3, 10),
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="write one file of JSON lines for each suite")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw what was measured, as PNG and SVG")
     parser.add_argument("--full", action="store_true", help="more cases, more rounds: an hour on two cores")
-    parser.add_argument("--seconds", type=float, help="for each group of contenders; at least five rounds are made")
+    parser.add_argument("--seconds", type=float, help="for each group of contenders; at least seven rounds are made")
     parser.add_argument("--threads", type=int, help="CPU threads, pinned to as many cores; default torch's number")
     parser.add_argument("--graph", action="store_true", help="time replays of CUDA graphs")
     parser.add_argument(
@@ -92,7 +93,7 @@ def _rows(suite: str, args: argparse.Namespace, device: torch.device) -> Iterato
     dtypes = []
     for case in cases:
         dtype = case.get("dtype", "float32")
-        if module in (layer, scaling) and dtype not in dtypes:
+        if module in (layer, methods, scaling) and dtype not in dtypes:
             dtypes.append(dtype)
             yield from ({**row, "suite": "bound"} for row in measure_bound(device, getattr(torch, dtype)).rows(dtype))
         yield from module.measure(case, args.providers, settings)

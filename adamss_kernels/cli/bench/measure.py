@@ -3,8 +3,9 @@
 A machine that slows down for a while slows all contenders, so what is compared are the times of one round: a ratio is
 the median over rounds of (contender / base in the same round). Who comes after whom is drawn anew in every round.
 
-A turn is one discarded call and then as many timed ones as fill `SAMPLE_SECONDS`; a single call that fills it by itself
-warms itself, and nothing is discarded. Switching at every call instead would
+A turn is one discarded call and then as many timed ones as fill `SAMPLE_SECONDS`, of which the median counts, so that
+other programs that interrupt some of the calls do not. A single call that fills the time by itself warms itself, and
+nothing is discarded. Switching at every call instead would
 time each contender with its caches filled by another one, the slowest of them the most wasteful; running one contender
 to the end before the next would compare two different minutes. Within a turn the contender is warm as a layer in a
 training loop is: its code and its parameters were used a moment ago. Its input was not: on the CPU, calls take their
@@ -34,7 +35,7 @@ import torch
 SAMPLE_SECONDS = 0.01
 """Timed calls of one turn take at least about this long."""
 
-MIN_ROUNDS = 5
+MIN_ROUNDS = 7
 
 
 class Settings(NamedTuple):
@@ -59,7 +60,7 @@ class Contender(NamedTuple):
 
 
 def interleaved(contenders: Mapping[str, Contender], settings: Settings) -> dict[str, list[float]]:
-    """Give every contender a turn in each round; return the seconds per call of each turn, in the order of rounds."""
+    """Give every contender a turn in each round; return the seconds of a call in each turn, in the order of rounds."""
     timer = _cpu_seconds if settings.device.type == "cpu" else _gpu_timer(settings.device)
     if settings.graph:
         contenders = {name: Contender(_captured(c.call), c.prepare) for name, c in contenders.items()}
@@ -152,15 +153,16 @@ def _l2_bytes() -> int:
 
 
 def _cpu_seconds(contender: Contender, calls: int) -> float:
-    """Return the mean seconds of `calls` calls, of several after one that is not timed."""
-    total = 0.0
+    """Return the median seconds of `calls` calls, of several after one that is not timed."""
+    times = []
     for index in range(-int(calls > 1), calls):
         contender.prepare()
         start = time.perf_counter()
         contender.call()
+        elapsed = time.perf_counter() - start
         if index >= 0:
-            total += time.perf_counter() - start
-    return total / calls
+            times.append(elapsed)
+    return statistics.median(times)
 
 
 def _gpu_timer(device: torch.device) -> Callable[[Contender, int], float]:
@@ -179,7 +181,7 @@ def _gpu_timer(device: torch.device) -> Callable[[Contender, int], float]:
             if index >= 0:
                 pairs.append((start, end))
         torch.cuda.synchronize(device)
-        return sum(start.elapsed_time(end) for start, end in pairs) / 1e3 / calls
+        return statistics.median(start.elapsed_time(end) for start, end in pairs) / 1e3
 
     return seconds
 

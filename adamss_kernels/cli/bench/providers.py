@@ -1,4 +1,4 @@
-"""Who is compared: the bare linear layer, ours by backend, PEFT's layers, all around one frozen weight."""
+"""Who is compared, all around one frozen weight: the bare layer, ours by backend, the related methods, PEFT's."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ...adapters import METHODS
 from ...config import BACKENDS, AdaMSSConfig
 from ...linear import FusedAdaMSSLinear
 from ...ops import choose_backend, implementation
 
 _COMPILED = "-compiled"
 _PEFT = ("peft-adamss", "peft-lora")
+# Products of two factors; the other methods are not polynomials of their parameters.
+_BILINEAR = ("lora", "randlora", "kronecker", "kradapter")
 
 
 class Provider(NamedTuple):
@@ -48,8 +51,8 @@ def build(names: Sequence[str], case: dict[str, Any], device: torch.device) -> d
     """Build the named providers around one frozen `nn.Linear`; AdaMSS ones have the same trained update.
 
     Args:
-        names: "linear", a backend, "half-pruned", "merged", "peft-adamss", "peft-lora"; with "-compiled" behind it,
-            the same under `torch.compile`.
+        names: "linear", a backend, "half-pruned", "merged", a key of `METHODS`, "peft-adamss", "peft-lora"; with
+            "-compiled" behind it, the same under `torch.compile`.
         case: D, N, K, r (rank of a subspace), R (of the basis) and dtype.
         device: Where the layers are.
 
@@ -91,6 +94,11 @@ def _provider(name: str, linear: nn.Linear, ours: FusedAdaMSSLinear) -> Provider
         else:
             layer.config = dataclasses.replace(ours.config, backend=name)
         return _checked(layer, linear, layer.delta_weight, layer.delta_bias, 2)
+    if name in METHODS:
+        adapter = METHODS[name].from_linear(linear)
+        for parameter in (p for p in adapter.parameters() if p.requires_grad):
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
+        return _checked(adapter, linear, adapter.delta_weight, None, 2 if name in _BILINEAR else None)
     if name == "peft-adamss":
         config = ours.config
         adamss = _peft(linear, "AdamssConfig", r=config.r, num_subspaces=config.num_subspaces,
@@ -104,7 +112,7 @@ def _provider(name: str, linear: nn.Linear, ours: FusedAdaMSSLinear) -> Provider
         lora = _peft(linear, "LoraConfig", r=8)
         nn.init.normal_(lora.lora_B["default"].weight, std=0.02)
         return _checked(lora, linear, lambda: lora.get_delta_weight("default"), None, 2)
-    expected = ["linear", *BACKENDS, "half-pruned", "merged", *_PEFT]
+    expected = ["linear", *BACKENDS, "half-pruned", "merged", *METHODS, *_PEFT]
     raise ValueError(f"providers: expected some of {expected}, {_COMPILED!r} behind them or not, got {name!r}")
 
 
