@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -27,7 +28,7 @@ PLANTED = ["layer", "--shapes", TINY, "--providers", "reference", "merged", "--s
 
 @pytest.fixture(autouse=True)
 def _as_outside_of_tests(monkeypatch):
-    """Let nothing fill memory or warn while a clock runs; measuring the machine takes seconds, and no test looks at it."""
+    """Let nothing fill memory or warn while a clock runs, and do not spend seconds on measuring the machine."""
     torch.use_deterministic_algorithms(False)
     for module in (layer, sys.modules["adamss_kernels.cli.bench.command"]):
         monkeypatch.setattr(module, "measure_bound", lambda device, dtype: Bound(1e11, {2**20: 1e10, 2**28: 1e9}))
@@ -293,12 +294,13 @@ def test_exponents_are_those_of_the_upper_half_of_a_sweep():
 
 def test_the_full_run_sweeps_what_the_short_one_does_and_more():
     short, full = ([tuple(case.items()) for case in scaling.cases(which)] for which in (False, True))
-    for of, variable, top in (("layer", "M", 2**15), ("layer", "K", 64), ("layer", "r", 16), ("layer", "layers", 480),
-                              ("init", "layers", 480), ("asa", "layers", 480), ("init", "K", 64), ("asa", "r", 16)):  # fmt: skip
-        for cases, least in ((short, 3), (full, 5)):
-            values = [dict(c)[variable] for c in cases if dict(c)["of"] == of and dict(c)["sweep"] == variable]
-            assert len(set(values)) >= least
-        assert max(values) == top
+    tops = {"M": 2**15, "K": 64, "r": 16, "D": 4096, "layers": 480}
+    for of, variable in itertools.product(("layer", "init", "asa"), tops):
+        if of == "layer" or variable != "M":
+            for cases, least in ((short, 3), (full, 5)):
+                values = [dict(c)[variable] for c in cases if dict(c)["of"] == of and dict(c)["sweep"] == variable]
+                assert len(set(values)) >= least
+            assert max(values) == tops[variable]
     assert {str(case) for case in methods.cases(False)} <= {str(case) for case in methods.cases(True)}
 
 
@@ -324,10 +326,10 @@ def committed():
     ],
 )
 def test_a_picture_shows_the_committed_numbers_and_all_of_them(name, variable, value, figures):
-    words = {"subspaces K": "K", "rank r of a subspace": "r", "width D = N": "D", "tokens M": "M"}
+    words = {word: variable for variable, word in plots._VARIABLES.items()}
     shown = []
     for axes in figures[name].axes:
-        sweep = words.get(axes.get_xlabel(), axes.get_xlabel())
+        sweep = words[axes.get_xlabel()]
         assert variable in (None, sweep)
         title = axes.get_title()
         of = {"init": "initialisation", "asa": "ASA update"}
@@ -360,12 +362,13 @@ def test_the_memory_picture_and_the_roofline_show_the_committed_numbers(figures)
     shown = [y for axes in figures["memory"].axes for line in axes.lines for y in line.get_ydata()]
     assert shown
     assert {round(y, 6) for y in shown} <= sizes
-    (axes,) = figures["roofline"].axes
-    kernels = {(row["flop_per_byte"], row["tflop_per_s"]) for row in rows if row["suite"] in ("layer", "asa") and "flop_per_byte" in row}  # fmt: skip
-    shown = {point for line in axes.lines if line.get_linestyle() == "None" for point in zip(*line.get_data(), strict=True)}  # fmt: skip
-    assert shown == kernels
+    lines = [line for axes in figures["roofline"].axes for line in axes.lines]
+    kernels = [row for row in rows if row["suite"] in ("layer", "asa") and "flop_per_byte" in row]
+    points = [line for line in lines if line.get_linestyle() == "None"]
+    shown = {point for line in points for point in zip(*line.get_data(), strict=True)}
+    assert shown == {(row["flop_per_byte"], row["tflop_per_s"]) for row in kernels}
     peaks = {row["tflop_per_s"] for row in rows if row["provider"] == "gemm"}
-    assert peaks <= {y for line in axes.lines for y in line.get_ydata()}
+    assert peaks <= {y for line in lines for y in line.get_ydata()}, "the ceilings"
 
 
 def test_pictures_have_labels_with_units_and_differ_without_colour(figures):

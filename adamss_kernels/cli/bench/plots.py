@@ -26,10 +26,17 @@ STYLES: dict[str, tuple[str, str, Any, str]] = {
     "peft-adamss": ("PEFT AdaMSS", "s", "--", "tab:red"),
     "peft-adamss-compiled": ("PEFT AdaMSS, compiled", "D", "-.", "tab:brown"),
     "peft-lora": ("PEFT LoRA r = 8", "^", (0, (3, 1)), "tab:orange"),
-    "svd": ("SVD alone", "x", "-", "0.0"),
-    "adamw": ("AdamW step", "x", "-", "0.0"),
+    "svd": ("SVD alone", "+", "-", "0.0"),
+    "adamw": ("AdamW step", "1", "-", "0.0"),
 }
 _PASSES = (FORWARD, FORWARD_BACKWARD)
+_VARIABLES = {
+    "M": "tokens M",
+    "D": "width D = N",
+    "K": "subspaces K",
+    "r": "rank r of a subspace",
+    "layers": "number of layers",
+}
 
 
 def title(provider: str) -> str:
@@ -87,15 +94,15 @@ def _by_tokens(rows: list[Row]) -> Any:
         for which in _PASSES
         for D, N in shapes
     ]
-    return _ratios(panels, "M", "tokens M", len(shapes))
+    return _ratios(panels, "M", len(shapes))
 
 
 def _by_subspaces(rows: list[Row]) -> Any:
     panels, columns = [], []
-    for variable, name in (("K", "subspaces K"), ("r", "rank r of a subspace")):
+    for variable in ("K", "r"):
         chosen = _sweep(rows, "layer", variable)
         if chosen:
-            columns.append((variable, name, chosen))
+            columns.append((variable, _VARIABLES[variable], chosen))
     for which in _PASSES:
         for variable, name, chosen in columns:
             case = chosen[0]["case"]
@@ -113,7 +120,7 @@ def _by_width(rows: list[Row]) -> Any:
         for which in _PASSES
         for r in chosen[:1]
     ]  # fmt: skip
-    return _ratios(panels, "D", "width D = N", 2)
+    return _ratios(panels, "D", 2)
 
 
 def _memory(rows: list[Row]) -> Any:
@@ -127,7 +134,7 @@ def _memory(rows: list[Row]) -> Any:
         panels = [
             (f"D = {D}, N = {N}: {word}",
              [r for r in chosen if _is(r, D=D, N=N) and (field == "peak_bytes" or r["provider"] != "linear")],
-             "M", "tokens M")
+             "M", _VARIABLES["M"])
             for D, N in shapes
         ]  # fmt: skip
         figure = _grid(panels, functools.partial(_mebibytes, field), "MiB", len(shapes), figure, index, len(fields))
@@ -145,51 +152,63 @@ def _cost(rows: list[Row]) -> Any:
         for variable in ("layers", "D", "K", "r"):
             chosen = [r for r in _sweep(rows, of, variable) if r["case"].get("pass") == which]
             if chosen:
-                word = {"layer": f"layer, {which}", "init": "initialisation", "asa": "ASA update"}[of]
-                panels.append(
-                    (word, chosen, variable, {"layers": "layers", "D": "width D = N"}.get(variable, variable))
-                )
+                word = {"layer": which, "init": "initialisation", "asa": "ASA update"}[of]
+                fixed = {n: chosen[0]["case"].get(n) for n in ("layers", "D", "M", "K", "r") if n != variable}
+                text = ", ".join(f"{n}={value}" for n, value in fixed.items() if value)
+                panels.append((f"{word}\n{text}", chosen, variable, _VARIABLES[variable]))
     return _grid(panels, lambda r: r["seconds"]["median"] * 1e3, "milliseconds", 4) if panels else None
 
 
 def _roofline(rows: list[Row]) -> Any:
     kernels = [r for r in rows if r["suite"] in ("layer", "asa") and "flop_per_byte" in r]
-    if not kernels or not any(r["suite"] == "bound" for r in rows):
+    bounds = [r for r in rows if r["suite"] == "bound"]
+    peaks = {r["case"]["dtype"]: r["tflop_per_s"] for r in bounds if r["provider"] == "gemm"}
+    dtypes = [dtype for dtype in peaks if any(_dtype(r) == dtype for r in kernels)]
+    if not dtypes:
         return None
-    pyplot = _pyplot()
-    figure, axes = pyplot.subplots(figsize=(8.5, 5.5), layout="constrained")
-    span = [min(r["flop_per_byte"] for r in kernels) / 2, max(r["flop_per_byte"] for r in kernels) * 2]
-    copies = [r for r in rows if r["suite"] == "bound" and r["provider"] == "copy"]
-    if copies:
-        sizes = {r["case"]["bytes"]: r["gb_per_s"] for r in copies}
-        for size, dash in ((min(sizes), ":"), (max(sizes), "--")):
-            label = f"copy of {size / 2**20:g} MiB: {sizes[size]:.0f} GB/s"
-            axes.plot(span, [sizes[size] * x / 1e3 for x in span], dash, color="0.3", label=label)
-    peaks = {r["case"]["dtype"]: r["tflop_per_s"] for r in rows if r["suite"] == "bound" and r["provider"] == "gemm"}
-    line_styles: list[Any] = ["-", "-.", (0, (1, 1)), (0, (5, 5))]
-    for (dtype, peak), line_style in zip(peaks.items(), line_styles, strict=False):
-        axes.plot(span, [peak, peak], linestyle=line_style, color="0.0", label=f"{dtype} GEMM: {peak:.2f} TFLOP/s")
-    groups: dict[str, list[Row]] = {}
-    for r in kernels:
-        word = "ASA update" if r["suite"] == "asa" else f"{title(r['provider'])}, {r['case']['dtype']}"
-        groups.setdefault(word, []).append(r)
-    for word, members in groups.items():
-        _, marker, _, colour = STYLES.get(members[0]["provider"], ("", "*", "", "tab:olive"))
-        asa, bf16 = members[0]["suite"] == "asa", members[0]["case"].get("dtype") == "bfloat16"
-        axes.plot(
-            [r["flop_per_byte"] for r in members],
-            [r["tflop_per_s"] for r in members],
-            linestyle="none",
-            marker="*" if asa else marker,
-            color="black" if asa else colour,
-            markerfacecolor="none" if bf16 else None,
-            label=word,
-        )
-    axes.set(xscale="log", yscale="log", xlabel="FLOP per byte of the bare layer's operands", ylabel="TFLOP/s")
-    axes.set_title("Work of the bare layer over measured time, against this machine's copy and GEMM")
-    axes.grid(alpha=0.3, which="both")
-    figure.legend(loc="outside right upper", fontsize="x-small")
+    figure = _pyplot().figure(figsize=(3.5 + 4.2 * len(dtypes), 5), layout="constrained")
+    handles: dict[str, Any] = {}
+    for index, dtype in enumerate(dtypes):
+        axes = figure.add_subplot(1, len(dtypes), index + 1)
+        members = [r for r in kernels if _dtype(r) == dtype]
+        span = (min(r["flop_per_byte"] for r in members) / 2, max(r["flop_per_byte"] for r in members) * 2)
+        copies = {
+            r["case"]["bytes"]: r["gb_per_s"] / 1e3 for r in bounds if r["provider"] == "copy" and _dtype(r) == dtype
+        }
+        for size, dash, word in ((min(copies), ":", "smallest"), (max(copies), "--", "largest")):
+            slope = copies[size]
+            corner = min(max(peaks[dtype] / slope, span[0]), span[1])
+            x = [span[0], corner, span[1]]
+            y = [min(slope * intensity, peaks[dtype]) for intensity in x]
+            (handles[f"bound with the {word} copy ({size / 2**20:g} MiB)"],) = axes.plot(x, y, dash, color="0.2")
+        for provider in dict.fromkeys(r["provider"] if r["suite"] == "layer" else "ASA update" for r in members):
+            own = [r for r in members if provider == (r["provider"] if r["suite"] == "layer" else "ASA update")]
+            word, marker, _, colour = STYLES.get(provider, (provider, "*", "", "black"))
+            (handles[word],) = axes.plot(
+                [r["flop_per_byte"] for r in own],
+                [r["tflop_per_s"] for r in own],
+                linestyle="none",
+                marker=marker,
+                color=colour,
+                markerfacecolor="none",
+                label=word,
+            )
+        axes.set(xscale="log", yscale="log")
+        axes.set_title(f"{dtype}: GEMM {peaks[dtype]:.3g} TFLOP/s", fontsize="small")
+        axes.set_xlabel("FLOP per byte of the bare layer's operands", fontsize="small")
+        axes.set_ylabel("TFLOP/s of the bare layer's work", fontsize="small")
+        _plain(axes.xaxis, *axes.get_xlim())
+        _plain(axes.yaxis, *axes.get_ylim())
+        axes.tick_params(labelsize="x-small")
+        axes.grid(alpha=0.3)
+    figure.legend(handles.values(), handles, loc="outside right upper", fontsize="x-small")
     return figure
+
+
+def _dtype(row: Row) -> str:
+    # The averages of ASA are float32.
+    dtype: str = row["case"].get("dtype", "float32")
+    return dtype
 
 
 def _sweep(rows: list[Row], of: str, variable: str) -> list[Row]:
@@ -205,10 +224,11 @@ def _ratio(row: Row) -> float:
     return ratio
 
 
-def _ratios(panels: list[tuple[str, list[Row]]], variable: str, label: str, columns: int) -> Any:
+def _ratios(panels: list[tuple[str, list[Row]]], variable: str, columns: int) -> Any:
     if not any(members for _, members in panels):
         return None
-    return _grid([(text, members, variable, label) for text, members in panels], _ratio, "ratio to nn.Linear", columns)
+    named = [(text, members, variable, _VARIABLES[variable]) for text, members in panels]
+    return _grid(named, _ratio, "ratio to nn.Linear", columns)
 
 
 def _pyplot() -> Any:
@@ -237,7 +257,8 @@ def _grid(
     lines = -(-len(panels) // columns)
     total = total_rows or lines
     figure = figure or _pyplot().figure(figsize=(0.5 + 3.4 * columns, 0.6 + 2.7 * total), layout="constrained")
-    handles: dict[str, Any] = {}
+    # What panels that are there already show stays in the legend.
+    handles = {line.get_label(): line for axes in figure.axes for line in axes.lines}
     for index, (text, members, variable, name) in enumerate(panels):
         axes = figure.add_subplot(total, columns, first_row * columns + index + 1)
         for provider in dict.fromkeys(r["provider"] for r in members):
@@ -245,8 +266,11 @@ def _grid(
             word, marker, dash, colour = STYLES.get(provider, (provider, "*", ":", "tab:olive"))
             x, y = [r["case"][variable] for r in points], [value(r) for r in points]
             (handles[word],) = axes.plot(
-                x, y, linestyle=dash, marker=marker, color=colour, label=word, markersize=4, linewidth=1.2
-            )
+                x, y, linestyle=dash, marker=marker, color=colour, label=word, linewidth=1.2,
+                # PEFT's around ours where they meet.
+                markersize=7 if provider.startswith("peft") else 4,
+                markerfacecolor="none" if provider.startswith("peft") else None,
+            )  # fmt: skip
             if value is _ratio:
                 axes.vlines(x, [r["ratio"]["low"] for r in points], [r["ratio"]["high"] for r in points], color=colour)
         _scale(axes, sorted({r["case"][variable] for r in members}))
@@ -261,19 +285,24 @@ def _grid(
 
 def _scale(axes: Any, ticks: list[int]) -> None:
     """Logarithmic axes with the measured values as ticks, thinned out, and plain numbers on both."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+    from matplotlib.ticker import NullLocator
 
     axes.set(xscale="log", yscale="log")
     shown = ticks[:: max(1, -(-len(ticks) // 6))]
     axes.set_xticks(shown, [f"{tick:g}" for tick in shown])
     axes.xaxis.set_minor_locator(NullLocator())
-    low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 100 else (1,)))
-    if high / low < 2.5:
-        axes.yaxis.set_major_locator(
-            LogLocator(subs=tuple(n / 10 for n in range(10, 100))[:: 1 if high / low < 1.5 else 2])
-        )
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    _plain(axes.yaxis, *axes.get_ylim())
     axes.tick_params(labelsize="x-small")
     axes.grid(alpha=0.3)
+
+
+def _plain(axis: Any, low: float, high: float) -> None:
+    """Plain numbers on a logarithmic axis, the more to a decade the fewer decades there are."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    fine = (10, 11, 12, 13, 14, 15, 16, 18, 20, 22, 25, 28, 30, 35, 40, 45, 50, 60, 70, 80, 90)
+    steps = ((2.5, fine), (8, (10, 12, 15, 20, 30, 40, 50, 70)), (200, (10, 20, 50)), (float("inf"), (10,)))
+    tenths = next(tenths for widest, tenths in steps if high / low < widest)
+    axis.set_major_locator(LogLocator(subs=[n / 10 for n in tenths], numticks=40))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
