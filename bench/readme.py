@@ -167,9 +167,10 @@ def _cells(*cells: str) -> str:
 
 def _source(environment: dict[str, Any], path: Path) -> str:
     e, file = environment, path.relative_to(ROOT)
+    threads = f"{e['threads']} thread{'s'[: e['threads'] > 1]}"
     isa = e["native"].get("ISA", "reference").split()[0]
     return (
-        f"{e['cpu']}, {e['threads']} threads, torch {e['versions']['torch']}, peft {e['versions']['peft']}, {isa}; "
+        f"{e['cpu']}, {threads}, torch {e['versions']['torch']}, peft {e['versions']['peft']}, {isa}; "
         f"`{e['command']}`, {e['date']} ([{file}]({{up}}{file}))."
     )
 

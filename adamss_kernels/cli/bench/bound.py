@@ -33,11 +33,12 @@ class Bound(NamedTuple):
         nearest = min(self.bandwidth, key=lambda size: abs(math.log(size / moved)))
         return max(flops / self.flops, moved / self.bandwidth[nearest])
 
-    def rows(self, dtype: str) -> list[Row]:
-        """Return the bound as rows of a result file."""
-        gemm: Row = {"suite": "bound", "case": {"dtype": dtype}, "provider": "gemm", "tflop_per_s": self.flops / 1e12}
+    def rows(self, suite: str, dtype: str) -> list[Row]:
+        """Return the bound that a suite measured for `dtype` as rows of its result file."""
+        case = {"of": suite, "dtype": dtype}
+        gemm: Row = {"suite": "bound", "case": case, "provider": "gemm", "tflop_per_s": self.flops / 1e12}
         copies = [
-            {"suite": "bound", "case": {"dtype": dtype, "bytes": size}, "provider": "copy", "gb_per_s": speed / 1e9}
+            {"suite": "bound", "case": {**case, "bytes": size}, "provider": "copy", "gb_per_s": speed / 1e9}
             for size, speed in self.bandwidth.items()
         ]
         return [gemm, *copies]

@@ -95,7 +95,7 @@ def _rows(suite: str, args: argparse.Namespace, device: torch.device) -> Iterato
         dtype = case.get("dtype", "float32")
         if module in (layer, methods, scaling) and dtype not in dtypes:
             dtypes.append(dtype)
-            yield from ({**row, "suite": "bound"} for row in measure_bound(device, getattr(torch, dtype)).rows(dtype))
+            yield from measure_bound(device, getattr(torch, dtype)).rows(suite, dtype)
         yield from module.measure(case, args.providers, settings)
 
 

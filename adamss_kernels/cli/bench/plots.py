@@ -161,7 +161,7 @@ def _cost(rows: list[Row]) -> Any:
 
 def _roofline(rows: list[Row]) -> Any:
     kernels = [r for r in rows if r["suite"] in ("layer", "asa") and "flop_per_byte" in r]
-    bounds = [r for r in rows if r["suite"] == "bound"]
+    bounds = [r for r in rows if r["suite"] == "bound" and r["case"]["of"] == "layer"]
     peaks = {r["case"]["dtype"]: r["tflop_per_s"] for r in bounds if r["provider"] == "gemm"}
     dtypes = [dtype for dtype in peaks if any(_dtype(r) == dtype for r in kernels)]
     if not dtypes:
