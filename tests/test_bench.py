@@ -23,7 +23,7 @@ from adamss_kernels.cli.bench.measure import Contender, Settings, interleaved, p
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 TINY = "D=32,M=24,K=3,r=2,R=8"
-PLANTED = ["layer", "--shapes", TINY, "--providers", "reference", "merged", "--seconds", "0.3", "--threads", "1"]
+PLANTED = ["layer", "--shapes", TINY, "--providers", "reference", "merged", "--seconds", "0.15", "--threads", "1"]
 
 
 @pytest.fixture(autouse=True)

@@ -76,7 +76,7 @@ def _best_seconds(call: Callable[[], object], device: torch.device) -> float:
     sync()
     times: list[float] = []
     repeats = 1
-    while len(times) < 7:
+    while len(times) < 15:
         start = time.perf_counter()
         for _ in range(repeats):
             call()

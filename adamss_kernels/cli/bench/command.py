@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +32,8 @@ SUITES: dict[str, tuple[ModuleType, float, float]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `bench`."""
-    parser.add_argument("suites", nargs="*", type=_suite, metavar="SUITE", help=f"of {', '.join(SUITES)}; default all")
+    known = f"of {', '.join(SUITES)}; default all that can run"
+    parser.add_argument("suites", nargs="*", type=_suite, metavar="SUITE", help=known)
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--dtype", choices=("float32", "float64", "bfloat16", "float16"), help="instead of the cases'")
     parser.add_argument(
@@ -57,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     if args.compare:
         before, after = args.compare
         return compare.report(before, after, args.threshold)
-    suites = args.suites or list(SUITES)
+    suites = args.suites or [name for name in SUITES if name != "model" or importlib.util.find_spec("transformers")]
     if args.shapes and len(suites) != 1:
         raise SystemExit("--shapes: expected one suite beside it, whose fields it names")
     device = torch.device(args.device)
