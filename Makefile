@@ -25,12 +25,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Under five minutes on two cores; `make bench BENCH=--full` for the long one. Then: python bench/readme.py
 bench: $(STAMP)
-	$(BIN)/python bench/layer.py --seconds 3
-	$(BIN)/python bench/model.py --seconds 20
-	$(BIN)/python bench/asa.py
-	$(BIN)/python bench/memory.py
-	$(BIN)/python bench/init.py
+	$(BIN)/adamss-kernels bench --out bench/results $(BENCH)
 
 # Python sources are used in place; the native library is built again when its sources change.
 $(STAMP): pyproject.toml CMakeLists.txt $(shell find csrc -type f)

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from gpu_timing import interleaved, markdown
-from measure import environment
 
 from adamss_kernels import ops
+from adamss_kernels.cli.bench.results import environment
 
 ROOT = Path(__file__).parents[1]
 # Seconds that a stage may start new work for; the sum stays below ten minutes.

@@ -1,4 +1,4 @@
-"""Timing on a GPU, shared by the stages of bench/gpu.py; what was timed where is `measure.environment`."""
+"""Timing on a GPU, shared by the stages of bench/gpu.py; what was timed where is `results.environment`."""
 
 from __future__ import annotations
 

@@ -13,7 +13,6 @@ import argparse
 import copy
 import importlib.util
 import itertools
-import json
 import statistics
 import sys
 import tempfile
@@ -23,12 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import environment
 from torch import nn
 from tqdm.auto import tqdm
 
 from adamss_kernels import AdaMSSConfig, inject_adamss
-from adamss_kernels.atomic import replace_file
+from adamss_kernels.cli.bench import results
 from adamss_kernels.model import adamss_layers
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -50,23 +48,21 @@ def main() -> None:
     parser.add_argument("--subspaces", type=int, default=10)
     parser.add_argument("--own-start", action="store_true", help="let inject_adamss start from its own directions B")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="write the results as JSON to this file")
+    parser.add_argument("--out", type=Path, help="write the results as JSON lines to this file")
     args = parser.parse_args()
-    row = compare(args)
+    rows = compare(args)
     print(f"\n{'':<24}{'accuracy':>10}{'step':>12}{'samples/s':>12}{'throughput':>14}")
-    for name, values in row["ways"].items():
+    for row in rows:
         print(
-            f"{name:<24}{values['accuracy']:>10.2%}{values['median_s'] * 1e3:>9.0f} ms{values['samples_per_s']:>12.1f}"
-            f"{values['throughput_ratio']:>12.2f} x"
+            f"{row['provider']:<24}{row['accuracy']:>10.2%}{row['seconds']['median'] * 1e3:>9.0f} ms"
+            f"{row['samples_per_s']:>12.1f}{row['throughput_ratio']:>12.2f} x"
         )
     if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"environment": environment(), "rows": [row]}, indent=1)
-        replace_file(args.out, lambda path: path.write_text(text + "\n"))
+        results.write(args.out, results.environment(), rows)
 
 
-def compare(args: argparse.Namespace) -> dict[str, Any]:
-    """Train in lockstep and return accuracies and times."""
+def compare(args: argparse.Namespace) -> list[results.Row]:
+    """Train in lockstep and return accuracy and times of each way."""
     model, train, evaluation = prepare(args)
     models = ways(model, args)
     optimizers = {name: optimizer_of(m, args) for name, m in models.items()}
@@ -95,23 +91,33 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
                     losses[name].append(loss.item())
                 bar.update()
                 bar.set_postfix(epoch=epoch + 1, **{name: f"{values[-1]:.3f}" for name, values in losses.items()})
-    result = {}
+    case = {
+        "model": "MiniLM-L6",
+        "train": len(train["labels"]),
+        "validation": len(evaluation["labels"]),
+        "rounds": steps,
+    }
+    case |= {key: getattr(args, key) for key in ("batch", "subspaces", "seed", "lr", "own_start")}
+    rows = []
     # The first rounds allocate and warm up.
     warm = min(3, len(times[STOCK]) - 1)
     for name, samples in times.items():
         paired = [theirs / ours for ours, theirs in zip(samples[warm:], times[STOCK][warm:], strict=True)]
         median = statistics.median(samples[warm:])
-        result[name] = {
-            "accuracy": accuracy(models[name], evaluation, args.batch),
-            "final_loss": losses[name][-1],
-            "median_s": median,
-            "samples_per_s": args.batch / median,
-            "throughput_ratio": statistics.median(paired),
-            "trainable_parameters": sum(p.numel() for p in models[name].parameters() if p.requires_grad),
-        }
-    options = {key: value for key, value in vars(args).items() if key not in ("out", "model")}
-    sizes = {"train": len(train["labels"]), "validation": len(evaluation["labels"]), "rounds": steps}
-    return {"options": options, "sizes": sizes, "ways": result}
+        rows.append(
+            {
+                "suite": "minilm",
+                "case": case,
+                "provider": name,
+                "accuracy": accuracy(models[name], evaluation, args.batch),
+                "final_loss": losses[name][-1],
+                "seconds": {"median": median},
+                "samples_per_s": args.batch / median,
+                "throughput_ratio": statistics.median(paired),
+                "trainable_parameters": sum(p.numel() for p in models[name].parameters() if p.requires_grad),
+            }
+        )
+    return rows
 
 
 def prepare(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:

@@ -1,103 +1,242 @@
-"""Write the README's tables from the committed results; `--check` only compares."""
+"""Write tables into README.md and docs/benchmarks.md, and pictures into docs/plots, from bench/results.
+
+Usage: python bench/readme.py [--check]
+
+With --check nothing is written: the exit status is 1 where something differs from the committed results.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from adamss_kernels.cli.bench import plots, results, scaling
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
-NAMES = {
-    "native": "`adamss_kernels`",
-    "native-half-pruned": "`adamss_kernels`, half pruned",
-    "adamss_kernels": "`adamss_kernels`",
-    "peft-adamss": "PEFT AdaMSS",
-    "peft-adamss-compiled": "PEFT AdaMSS, compiled",
-    "peft-lora": "PEFT LoRA r = 8",
-    "frozen": "frozen model",
+PLOTS = ROOT / "docs" / "plots"
+README_PROVIDERS = ("native", "half-pruned", "peft-adamss", "peft-adamss-compiled", "peft-lora")
+FORWARD, FORWARD_BACKWARD = "forward", "forward + backward"
+Rows = list[dict[str, Any]]
+
+
+def layer_table(rows: Rows, dtype: str) -> list[str]:
+    """Ratios of one layer to the bare linear layer, forward / forward + backward."""
+    cells = {(_shape(r), r["provider"], r["case"]["pass"]): r["ratio"]["median"] for r in rows if _dtype(r) == dtype}
+    shapes = list(dict.fromkeys(shape for shape, _, _ in cells))
+    lines = [_cells("shape", *(_title(p) for p in README_PROVIDERS)), "|---" * (len(README_PROVIDERS) + 1) + "|"]
+    for shape in shapes:
+        pairs = [[cells[shape, p, which] for which in (FORWARD, FORWARD_BACKWARD)] for p in README_PROVIDERS]
+        lines.append(_cells(shape, *(" / ".join(f"{ratio:.2f}" for ratio in pair) for pair in pairs)))
+    return lines
+
+
+def model_table(rows: Rows) -> list[str]:
+    """Training step of the BERT-shaped encoder."""
+    lines = ["| model | training step | ratio to frozen |", "|---|---|---|"]
+    for r in (r for r in rows if _dtype(r) == "float32"):
+        word = "frozen model" if r["provider"] == "frozen" else _title(r["provider"])
+        lines.append(_cells(word, f"{r['seconds']['median'] * 1e3:.0f} ms", f"{r['ratio']['median']:.2f}"))
+    return lines
+
+
+def minilm_table(rows: Rows) -> list[str]:
+    """Fine-tuning real weights: accuracy and throughput."""
+    case = rows[0]["case"]
+    lines = [f"| MiniLM, {case['rounds']} steps of {case['batch']} texts | accuracy | training step | throughput |"]
+    lines.append("|---|---|---|---|")
+    for r in rows:
+        step, accuracy = f"{r['seconds']['median'] * 1e3:.0f} ms", f"{r['accuracy']:.1%}"
+        lines.append(_cells(f"`{r['provider']}`", accuracy, step, f"{r['throughput_ratio']:.2f} x"))
+    return lines
+
+
+def asa_table(rows: Rows) -> list[str]:
+    """One ASA update, with and without a pruning event."""
+    case = rows[0]["case"]
+    first = [r for r in rows if r["case"]["layers"] == case["layers"]]
+    names = list(dict.fromkeys(r["provider"] for r in first))
+    lines = [_cells(f"{case['layers']} layers x {case['K']} subspaces", *map(_title, names))]
+    lines.append("|---" * (len(names) + 1) + "|")
+    for which in dict.fromkeys(r["case"]["pass"] for r in first):
+        times = [r["seconds"]["median"] * 1e3 for r in first if r["case"]["pass"] == which]
+        lines.append(_cells(which, *(f"{ms:.3g} ms" for ms in times)))
+    return lines
+
+
+def memory_table(rows: Rows) -> list[str]:
+    """Peak resident memory of a training forward, and of forward and backward."""
+    shape = _shape(rows[0])
+    first = [r for r in rows if _shape(r) == shape]
+    passes = list(dict.fromkeys(r["case"]["pass"] for r in first))
+    lines = [_cells(shape, *passes), "|---" * (len(passes) + 1) + "|"]
+    for name in dict.fromkeys(r["provider"] for r in first):
+        peaks = [r["peak_bytes"] / 2**20 for r in first if r["provider"] == name]
+        lines.append(_cells(_title(name), *(f"{peak:.1f} MiB" for peak in peaks)))
+    return lines
+
+
+def full_table(rows: Rows) -> list[str]:
+    """Every figure of the layer suite."""
+    bounds = {r["case"]["dtype"]: r["tflop_per_s"] for r in rows if r["provider"] == "gemm"}
+    copies = {r["case"]["bytes"]: r["gb_per_s"] for r in rows if r["provider"] == "copy"}
+    lines = [
+        "The bound of this machine: "
+        + ", ".join(f"{dtype} GEMM {peak:.2f} TFLOP/s" for dtype, peak in bounds.items())
+        + "; copies, by the bytes that they touch: "
+        + ", ".join(f"{size / 2**20:g} MiB {speed:.0f} GB/s" for size, speed in copies.items())
+        + "."
+    ]
+    case = ""
+    for r in (r for r in rows if r["suite"] == "layer"):
+        new = f"{_shape(r)}, {_dtype(r)}, {r['case']['pass']}"
+        if new != case:
+            case = new
+            linear = r["linear_bound_share"]
+            lines += ["", f"**{case}**: the bare layer reaches {linear:.0%} of the machine's bound", ""]
+            lines += ["| provider | ratio | quartiles | ms | GB/s | TFLOP/s | of the bound | of the bare layer's speed "
+                      "| peak MiB | saved MiB | aten calls | trained |"]  # fmt: skip
+            lines += ["|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"]
+        ratio = r["ratio"]
+        figures = (
+            f"{ratio['median']:.3f}", f"{ratio['low']:.3f} to {ratio['high']:.3f}",
+            f"{r['seconds']['median'] * 1e3:.3g}", f"{r['gb_per_s']:.3g}", f"{r['tflop_per_s']:.3g}",
+            f"{r['bound_share']:.0%}", f"{1 / ratio['median']:.0%}", f"{r['peak_bytes'] / 2**20:.3g}",
+            f"{r['saved_bytes'] / 2**20:.3g}", str(r["aten_calls"]), str(r["parameters"]),
+        )  # fmt: skip
+        lines.append(_cells(_title(r["provider"]), *figures))
+    return lines
+
+
+def methods_table(rows: Rows) -> list[str]:
+    """The related methods: parameters, speed and memory, so that one can choose."""
+    rows = _of(rows, "methods")
+    lines = []
+    for shape in dict.fromkeys(_shape(r) for r in rows):
+        lines += ["", f"**{shape}**, {_dtype(rows[0])}", ""] if lines else [f"**{shape}**, {_dtype(rows[0])}", ""]
+        lines.append("| method | trained | forward | forward + backward | peak MiB | saved MiB |")
+        lines.append("|---|---:|---:|---:|---:|---:|")
+        found = {(r["provider"], r["case"]["pass"]): r for r in rows if _shape(r) == shape}
+        for name in dict.fromkeys(name for name, _ in found):
+            one, both = found[name, FORWARD], found[name, FORWARD_BACKWARD]
+            memory = (f"{both[field] / 2**20:.3g}" for field in ("peak_bytes", "saved_bytes"))
+            ratios = (f"{r['ratio']['median']:.2f}" for r in (one, both))
+            lines.append(_cells(_title(name), f"{one['parameters']:,}", *ratios, *memory))
+    return lines
+
+
+def init_table(rows: Rows) -> list[str]:
+    """Initialisation of a stack of layers."""
+    lines = ["| layers | provider | seconds | ratio to the SVD alone |", "|---|---|---:|---:|"]
+    for r in rows:
+        case = f"{r['case']['layers']} x {r['case']['N']} x {r['case']['D']}"
+        lines.append(
+            _cells(case, _title(r["provider"]), f"{r['seconds']['median']:.3f}", f"{r['ratio']['median']:.2f}")
+        )
+    return lines
+
+
+def exponent_table(rows: Rows) -> list[str]:
+    """Fitted exponents of cost, one line for each curve of ours beside PEFT's and the floor's."""
+    fits = scaling.exponents(rows)
+    curves: dict[tuple[str, str, str], dict[str, float]] = {}
+    for fit in fits:
+        case, (low, high) = fit["case"], fit["range"]
+        fixed = {n: v for n, v in case.items() if n in ("D", "N", "M", "K", "r", "layers") and n != case["sweep"]}
+        if fixed.get("N") == fixed.get("D"):
+            fixed.pop("N", None)
+        word = f"{case['of']}, {case['pass']}" if "pass" in case else case["of"]
+        text = ", ".join(f"{n} = {v}" for n, v in fixed.items())
+        curves.setdefault((word, f"{case['sweep']}, {low} to {high}", text), {})[fit["provider"]] = fit["exponent"]
+    lines = ["| cost of | grows with | at | floor | `adamss_kernels` | PEFT AdaMSS |", "|---|---|---|---:|---:|---:|"]
+    for (word, span, text), found in curves.items():
+        floor, ours, *theirs = found.values()
+        lines.append(_cells(word, span, text, f"{floor:.2f}", f"{ours:.2f}", *(f"{t:.2f}" for t in theirs)))
+    return lines
+
+
+def _title(provider: str) -> str:
+    word = plots.title(provider)
+    return re.sub(r"adamss_kernels|nn\.Linear", lambda m: f"`{m[0]}`", word)
+
+
+def _shape(row: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={row['case'][name]}" for name in ("D", "N", "M", "K", "r"))
+
+
+def _dtype(row: dict[str, Any]) -> str:
+    dtype: str = row["case"]["dtype"]
+    return dtype
+
+
+def _cells(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _source(environment: dict[str, Any], path: Path) -> str:
+    e, file = environment, path.relative_to(ROOT)
+    threads = f"{e['threads']} thread{'s'[: e['threads'] > 1]}"
+    isa = e["native"].get("ISA", "reference").split()[0]
+    return (
+        f"{e['cpu']}, {threads}, torch {e['versions']['torch']}, peft {e['versions']['peft']}, {isa}; "
+        f"`{e['command']}`, {e['date']} ([{file}]({{up}}{file}))."
+    )
+
+
+TABLES: dict[str, tuple[str, str, Callable[[Rows], list[str]]]] = {
+    "layer": ("README.md", "layer", lambda rows: layer_table(_of(rows, "layer"), "float32")),
+    "layer-bfloat16": ("README.md", "layer", lambda rows: layer_table(_of(rows, "layer"), "bfloat16")),
+    "model": ("README.md", "model", model_table),
+    "minilm": ("README.md", "minilm", minilm_table),
+    "asa": ("README.md", "asa", asa_table),
+    "memory": ("README.md", "memory", memory_table),
+    "layer-full": ("docs/benchmarks.md", "layer", full_table),
+    "methods": ("docs/benchmarks.md", "methods", methods_table),
+    "init": ("docs/benchmarks.md", "init", init_table),
+    "exponents": ("docs/benchmarks.md", "scaling", exponent_table),
 }
 
 
-def layer_table(dtype: str) -> str:
-    """Ratios of one layer to the bare linear layer, forward and forward + backward."""
-    file = f"cpu-layer-{dtype}.json"
-    result = json.loads((RESULTS / file).read_text())
-    providers = [name for name in result["rows"][0]["forward"] if name != "linear"]
-    lines = ["| shape | " + " | ".join(NAMES[name] for name in providers) + " |", "|---" * (len(providers) + 1) + "|"]
-    for row in result["rows"]:
-        shape = f"D={row['D']}, N={row['N']}, M={row['M']}, K={row['K']}, r={row['r']}"
-        cells = [f"{row['forward'][p]['ratio']:.2f} / {row['forward_backward'][p]['ratio']:.2f}" for p in providers]
-        lines.append(f"| {shape} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", _source(result, file)])
-
-
-def model_table() -> str:
-    """Training step of the BERT-shaped encoder."""
-    result = json.loads((RESULTS / "cpu-model.json").read_text())
-    step = result["rows"][0]["step"]
-    lines = ["| model | training step | ratio to frozen |", "|---|---|---|"]
-    lines += [f"| {NAMES[n]} | {c['median_s'] * 1e3:.0f} ms | {c['ratio']:.2f} |" for n, c in step.items()]
-    return "\n".join([*lines, "", _source(result, "cpu-model.json")])
-
-
-def asa_table() -> str:
-    """One ASA update, with and without a pruning event."""
-    result = json.loads((RESULTS / "cpu-asa.json").read_text())
-    row = result["rows"][0]
-    ms = row["milliseconds"]
-    layers, K = row["options"]["layers"], row["options"]["subspaces"]
-    lines = [f"| {layers} layers x {K} subspaces | `adamss_kernels` | PEFT AdaMSS |", "|---|---|---|"]
-    for name in ("update", "update with event"):
-        lines.append(f"| {name} | {ms[name]['ours']:.2f} ms | {ms[name]['PEFT']:.1f} ms |")
-    return "\n".join([*lines, "", _source(result, "cpu-asa.json")])
-
-
-def memory_table() -> str:
-    """Peak resident memory of one training forward."""
-    result = json.loads((RESULTS / "cpu-memory.json").read_text())
-    row = result["rows"][0]
-    shape = f"D={row['D']}, N={row['N']}, M={row['M']}, K={row['K']}, r={row['r']}"
-    names = {"linear": "`nn.Linear`"} | NAMES
-    lines = [f"| {shape} | peak of one training forward |", "|---|---|"]
-    lines += [f"| {names[n]} | {b / 2**20:.1f} MiB |" for n, b in row["peak_bytes"].items()]
-    return "\n".join([*lines, "", _source(result, "cpu-memory.json")])
-
-
-def _source(result: dict, file: str) -> str:
-    e, path = result["environment"], f"bench/results/{file}"
-    return (
-        f"{e['cpu']}, {e['threads']} threads, torch {e['versions']['torch']}, peft {e['versions']['peft']}, "
-        f"{e['native']['ISA'].split()[0]}; `{e['command']}`, {e['date']} ([{path}]({path}))."
-    )
+def _of(rows: Rows, suite: str) -> Rows:
+    return [row for row in rows if row["suite"] == suite]
 
 
 def main() -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="fail if the README differs instead of writing it")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare instead of writing")
     args = parser.parse_args()
-    path = ROOT / "README.md"
-    text = new = path.read_text()
-    tables = {
-        "layer": layer_table("float32"),
-        "layer-bfloat16": layer_table("bfloat16"),
-        "model": model_table(),
-        "asa": asa_table(),
-        "memory": memory_table(),
-    }
-    for name, table in tables.items():
+    differing = []
+    texts = {name: (ROOT / name).read_text() for name, _, _ in TABLES.values()}
+    for name, (document, suite, table) in TABLES.items():
+        path = RESULTS / f"cpu-{suite}.jsonl"
+        environment, rows = results.read(path)
+        up = "../" * document.count("/")
+        content = "\n".join([*table(rows), "", _source(environment, path).replace("{up}", up)])
         pattern = rf"(<!-- {name}: written by bench/readme.py -->\n).*?(\n<!-- end -->)"
-        new, found = re.subn(pattern, lambda m, t=table: m[1] + t + m[2], new, flags=re.S)
+        replace = lambda m, text=content: m[1] + text + m[2]  # noqa: E731
+        new, found = re.subn(pattern, replace, texts[document], flags=re.S)
         if found != 1:
-            print(f"README.md: expected one place for the table {name!r}, found {found}")
+            print(f"{document}: expected one place for the table {name!r}, found {found}")
             return 1
-    if args.check and new != text:
-        print("README.md differs from bench/results; run python bench/readme.py")
-        return 1
+        differing += [f"{document}, table {name!r}"] if new != texts[document] else []
+        texts[document] = new
+    _, rows = results.read(RESULTS)
+    figures = plots.draw(rows)
+    for name, figure in figures.items():
+        picture = PLOTS / f"{name}.svg"
+        if not picture.exists() or plots.digest(figure) not in picture.read_text():
+            differing.append(str(picture.relative_to(ROOT)))
     if not args.check:
-        path.write_text(new)
+        for document, text in texts.items():
+            (ROOT / document).write_text(text)
+        plots.save(figures, PLOTS, ("svg",))
+    elif differing:
+        print(f"differs from bench/results: {', '.join(differing)}; run python bench/readme.py")
+        return 1
     return 0
 
 

@@ -1,0 +1,214 @@
+"""How time is measured: in rounds, in which every contender has one turn.
+
+A machine that slows down for a while slows all contenders, so what is compared are the times of one round: a ratio is
+the median over rounds of (contender / base in the same round). Who comes after whom is drawn anew in every round.
+
+A turn is one discarded call and then as many timed ones as fill `SAMPLE_SECONDS`, of which the median counts, so that
+other programs that interrupt some of the calls do not. A single call that fills the time by itself warms itself, and
+nothing is discarded. Switching at every call instead would
+time each contender with its caches filled by another one, the slowest of them the most wasteful; running one contender
+to the end before the next would compare two different minutes. Within a turn the contender is warm as a layer in a
+training loop is: its code and its parameters were used a moment ago. Its input was not: on the CPU, calls take their
+operands in turn from `rotation`, which is larger than the cache, as activations come from another layer; on a GPU the
+L2 cache is overwritten before every timed call.
+
+On the CPU the clock is the wall clock. On a GPU it is a pair of events around each call, queued while the overwriting
+of the cache still runs, so that launches are timed only where Python is slower than the kernels; with `graph` a call is
+the replay of a CUDA graph, which takes Python out altogether. Garbage collector and log rest meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+SAMPLE_SECONDS = 0.01
+"""Timed calls of one turn take at least about this long."""
+
+MIN_ROUNDS = 7
+
+
+class Settings(NamedTuple):
+    """How long and where to measure.
+
+    Attributes:
+        device: Where the contenders run.
+        seconds: Time for each group of contenders, after warm-up; at least `MIN_ROUNDS` rounds are made.
+        graph: Whether to time replays of CUDA graphs (layers on a GPU only).
+    """
+
+    device: torch.device
+    seconds: float
+    graph: bool = False
+
+
+class Contender(NamedTuple):
+    """What is timed, and what runs before each call without being timed."""
+
+    call: Callable[[], object]
+    prepare: Callable[[], object] = lambda: None
+
+
+def interleaved(contenders: Mapping[str, Contender], settings: Settings) -> dict[str, list[float]]:
+    """Give every contender a turn in each round; return the seconds of a call in each turn, in the order of rounds."""
+    timer = _cpu_seconds if settings.device.type == "cpu" else _gpu_timer(settings.device)
+    if settings.graph:
+        contenders = {name: Contender(_captured(c.call), c.prepare) for name, c in contenders.items()}
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    order, shuffle = list(contenders), random.Random(0).shuffle
+    with _undisturbed():
+        calls = {}
+        for name, contender in contenders.items():
+            # The first is warm-up. The shortest: an interrupted call must not pass for a long one.
+            shortest = min([timer(contender, 1) for _ in range(4)][1:])
+            calls[name] = max(1, min(1000, round(SAMPLE_SECONDS / shortest)))
+        end = time.perf_counter() + settings.seconds
+        rounds = 0
+        while rounds < MIN_ROUNDS or time.perf_counter() < end:
+            shuffle(order)
+            for name in order:
+                times[name].append(timer(contenders[name], calls[name]))
+            rounds += 1
+    return times
+
+
+def summary(times: Mapping[str, list[float]], base: str) -> dict[str, dict[str, Any]]:
+    """Return of each contender the ratios to `base` round by round, and median and quartiles of ratios and seconds."""
+    result = {}
+    for name, samples in times.items():
+        ratios = [t / b for t, b in zip(samples, times[base], strict=True)]
+        result[name] = {
+            "ratio": _quartiles(ratios),
+            "seconds": _quartiles(samples),
+            "rounds": len(samples),
+            "ratios": [float(f"{ratio:.5g}") for ratio in ratios],
+        }
+    return result
+
+
+def rotation(make: Callable[[], torch.Tensor], device: torch.device) -> Iterator[torch.Tensor]:
+    """Return an endless turn through as many tensors as exceed twice the CPU's last private cache (on a GPU: one)."""
+    first = make()
+    size = max(1, first.numel() * first.element_size())
+    copies = 1 if device.type != "cpu" else min(64, 1 + 2 * _l2_bytes() // size)
+    ring = [first, *(make() for _ in range(copies - 1))]
+
+    def turn() -> Iterator[torch.Tensor]:
+        while True:
+            yield from ring
+
+    return turn()
+
+
+@contextlib.contextmanager
+def pinned(threads: int) -> Iterator[None]:
+    """Run with `threads` threads, on as many cores of which each is used once; without so many, on all CPUs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    allowed = _affinity()
+    cores: dict[str, int] = {}
+    for cpu in sorted(allowed):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        cores.setdefault(siblings.read_text().strip() if siblings.exists() else str(cpu), cpu)
+    if threads <= len(cores):
+        _allow(set(sorted(cores.values())[:threads]))
+    try:
+        yield
+    finally:
+        _allow(allowed)
+        torch.set_num_threads(before)
+
+
+def _affinity() -> set[int]:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+
+
+def _allow(cpus: set[int]) -> None:
+    # Threads that exist already have an affinity of their own.
+    for task in Path("/proc/self/task").glob("*") if cpus else ():
+        with contextlib.suppress(ProcessLookupError):
+            os.sched_setaffinity(int(task.name), cpus)
+
+
+def _quartiles(values: list[float]) -> dict[str, float]:
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return {"median": median, "low": low, "high": high}
+
+
+def _l2_bytes() -> int:
+    try:
+        return max(os.sysconf("SC_LEVEL2_CACHE_SIZE"), 1 << 20)
+    except (AttributeError, ValueError, OSError):
+        return 2 << 20
+
+
+def _cpu_seconds(contender: Contender, calls: int) -> float:
+    """Return the median seconds of `calls` calls, of several after one that is not timed."""
+    times = []
+    for index in range(-int(calls > 1), calls):
+        contender.prepare()
+        start = time.perf_counter()
+        contender.call()
+        elapsed = time.perf_counter() - start
+        if index >= 0:
+            times.append(elapsed)
+    return statistics.median(times)
+
+
+def _gpu_timer(device: torch.device) -> Callable[[Contender, int], float]:
+    size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+    scratch = torch.empty(size, dtype=torch.uint8, device=device)
+
+    def seconds(contender: Contender, calls: int) -> float:
+        pairs = []
+        for index in range(-int(calls > 1), calls):
+            contender.prepare()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            scratch.zero_()
+            start.record()
+            contender.call()
+            end.record()
+            if index >= 0:
+                pairs.append((start, end))
+        torch.cuda.synchronize(device)
+        return statistics.median(start.elapsed_time(end) for start, end in pairs) / 1e3
+
+    return seconds
+
+
+def _captured(call: Callable[[], object]) -> Callable[[], object]:
+    """Return the replay of a CUDA graph of `call`."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Keep the garbage collector and the log from running inside of what is timed."""
+    level = logging.root.manager.disable
+    gc.collect()
+    gc.disable()
+    logging.disable(logging.INFO)
+    try:
+        yield
+    finally:
+        logging.disable(level)
+        gc.enable()

@@ -1,0 +1,135 @@
+"""Results as JSON lines: first what the numbers depend on besides the code, then one row a line."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ... import native
+from ...atomic import replace_file
+from ...native import cuda_library
+
+Row = dict[str, Any]
+"""A measurement: `suite`, `case` (what was measured), `provider`, and its figures."""
+
+
+def key(row: Row) -> str:
+    """Return what names a row within a run, and the same measurement in another run."""
+    case = " ".join(f"{name}={value}" for name, value in row["case"].items())
+    return f"{row['suite']} {case} {row['provider']}"
+
+
+def write(path: Path, environment: Row, rows: Iterable[Row]) -> None:
+    """Replace the file `path` by `environment` and `rows`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(_rounded(record)) + "\n" for record in ({"environment": environment}, *rows)]
+    replace_file(path, lambda scratch: scratch.write_text("".join(lines)))
+
+
+def read(path: Path) -> tuple[Row, list[Row]]:
+    """Return environment and rows of a result file, or of all those in a directory (the environment of the first).
+
+    Raises:
+        ValueError: There is no result file, or it does not begin with an environment.
+    """
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    if not files or not files[0].exists():
+        raise ValueError(f"{path}: expected a result file or a directory with *.jsonl, found none")
+    environments, rows = [], []
+    for file in files:
+        first, *rest = map(json.loads, file.read_text().splitlines())
+        if "environment" not in first:
+            raise ValueError(f"{file}: expected an environment in the first line, got {sorted(first)}")
+        environments.append(first["environment"])
+        rows += rest
+    return environments[0], rows
+
+
+def environment(device: torch.device | None = None) -> Row:
+    """Return what a number depends on besides the code: hardware, versions, threads, commit, command."""
+    record: Row = {
+        "cpu": _cpu_model(),
+        "threads": torch.get_num_threads(),
+        "cpus": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [],
+        "load_average": os.getloadavg(),
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "native": native.describe(),
+        "versions": {name: _version(name) for name in ("torch", "triton", "peft", "transformers", "numpy")}
+        | {"python": platform.python_version()},
+        "commit": _said("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
+        "command": _command(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+    if device is not None and device.type == "cuda":
+        record |= {
+            "gpu": torch.cuda.get_device_name(device),
+            "cuda_library": cuda_library.describe(),
+            "cuda": torch.version.cuda or f"hip {torch.version.hip}",
+            "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+            "gpu_state": gpu_state(),
+        }
+    return record
+
+
+def gpu_state() -> str | None:
+    """Return the GPUs' clocks, temperature, power and reasons for throttling; None where nvidia-smi is missing."""
+    fields = "clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu,power.draw,clocks_throttle_reasons.active"
+    return _said("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader")
+
+
+def machine(device: torch.device) -> str:
+    """Return the word that result files of this device begin with."""
+    if device.type == "cpu":
+        return "cpu"
+    return re.sub(r"[^A-Za-z0-9]+", "-", torch.cuda.get_device_name(device)).strip("-")
+
+
+def _rounded(value: Any) -> Any:
+    """Return `value` with floats of five digits: more would only be noise."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {name: _rounded(part) for name, part in value.items()}
+    return [_rounded(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def _command() -> str:
+    """Return the command line without the paths of this machine."""
+    program = Path(sys.argv[0]).name
+    words = ["adamss-kernels"] if program in ("adamss-kernels", "__main__.py") else ["python", program]
+    return " ".join([*words, *sys.argv[1:]])
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
+    return f"{len(names)} x {names[0]}" if names else platform.processor()
+
+
+def _said(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
