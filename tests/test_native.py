@@ -122,16 +122,47 @@ def test_the_kernels_export_no_template_of_the_standard_library():
     assert not [line for line in weak if "std::vector" in line or "std::min" in line], weak
 
 
-def test_fuzzing_under_sanitizers_finds_nothing(tmp_path):
-    configure = ["cmake", "-S", ROOT, "-B", tmp_path, "-DCMAKE_BUILD_TYPE=Release", "-DADAMSS_FUZZ=ON"]
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory) -> Path:
+    """The folder of a library and a fuzz driver with address and undefined-behaviour sanitizers."""
+    folder = tmp_path_factory.mktemp("sanitized")
+    configure = ["cmake", "-S", ROOT, "-B", folder, "-DCMAKE_BUILD_TYPE=Release", "-DADAMSS_FUZZ=ON"]
     subprocess.run(configure, check=True, capture_output=True)
-    build = subprocess.run(["cmake", "--build", tmp_path, "-j2"], capture_output=True, text=True, check=False)
+    command = ["cmake", "--build", folder, "-j2", "--target", "adamss_fuzz"]
+    build = subprocess.run(command, capture_output=True, text=True, check=False)
     assert build.returncode == 0, build.stdout + build.stderr
-    driver = next(tmp_path.rglob("adamss_fuzz"))
+    return next(folder.rglob("adamss_fuzz")).parent
+
+
+def test_fuzzing_under_sanitizers_finds_nothing(sanitized):
     seed = str(int.from_bytes(os.urandom(4), "little"))
-    result = subprocess.run([driver, "8", seed], capture_output=True, text=True, check=False)
+    command = [sanitized / "adamss_fuzz", "8", seed]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     print(result.stdout)
+
+
+def test_the_backend_is_clean_under_sanitizers(sanitized):
+    """These tests again, with PyTorch's own memory and threads around the sanitized library."""
+    code = f"""if True:
+        import sys, pytest
+        import adamss_kernels.native as native
+        native.__path__.insert(0, {str(sanitized)!r})
+        from adamss_kernels.native import library
+        assert library._find(library._NAME).parent == library.Path({str(sanitized)!r})
+        sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "--timeout=200", {__file__!r}, "-k",
+                              "numerics_contract and masked or number_of_threads or averages"]))"""
+    runtime = subprocess.run(["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    environment = os.environ | {
+        "LD_PRELOAD": runtime.stdout.strip(),
+        # Python and PyTorch leak, and catch exceptions that they throw in their own ways.
+        "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",
+        "UBSAN_OPTIONS": "halt_on_error=1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
+    }
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    assert " passed" in result.stdout
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
