@@ -20,7 +20,7 @@ from .results import Row
 # Suite to its module and to the seconds for each group of contenders, in the short run and in the full one. A module
 # has DEFAULTS (the fields of a case), `complete(case)`, `cases(full)` and `measure(case, providers, settings)`.
 SUITES: dict[str, tuple[ModuleType, float, float]] = {
-    "layer": (layer, 3, 20),
+    "layer": (layer, 5, 20),
     "methods": (methods, 3, 20),
     "model": (model, 12, 60),
     "init": (init, 4, 20),

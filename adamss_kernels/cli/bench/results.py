@@ -106,8 +106,9 @@ def _rounded(value: Any) -> Any:
 
 def _command() -> str:
     """Return the command line without the paths of this machine."""
-    program = Path(sys.argv[0]).name
-    words = ["adamss-kernels"] if program in ("adamss-kernels", "__main__.py") else ["python", program]
+    program = Path(sys.argv[0])
+    is_command = program.name in ("adamss-kernels", "__main__.py")
+    words = ["adamss-kernels"] if is_command else ["python", program.name if program.is_absolute() else str(program)]
     return " ".join([*words, *sys.argv[1:]])
 
 
