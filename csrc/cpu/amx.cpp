@@ -60,7 +60,13 @@ class Finish {
   public:
     // Called `calls` times for every 32 rows.
     Finish(const float* bias, int64_t M, bfloat16* out, int64_t width, int64_t calls, Prefetch& ahead)
-        : bias_(bias), M_(M), width_(width), rows_per_call_((PAIR + calls - 1) / calls), out_(out), ahead_(ahead), m_(M) {}
+        : bias_(bias),
+          M_(M),
+          width_(width),
+          rows_per_call_((PAIR + calls - 1) / calls),
+          out_(out),
+          ahead_(ahead),
+          m_(M) {}
 
     void start(const float* sums, int64_t n) {
         rows(M_);
@@ -97,7 +103,8 @@ class Pass {
           base_(pairs_for(width) * 2 * deep_ * TILE, UNINITIALISED) {
         const Rounded u(U, rho, depth), v(V, width ? rho : 0, width);
         for (int64_t pair = 0; pair < pairs_for(rho); ++pair)
-            pack_columns(u.rows.data() + pair * PAIR, rho - pair * PAIR, depth, skinny_.data() + pair * 2 * steps_ * TILE);
+            pack_columns(u.rows.data() + pair * PAIR, rho - pair * PAIR, depth,
+                         skinny_.data() + pair * 2 * steps_ * TILE);
         parallel_blocks(pairs_for(width), [&](int64_t pair) {
             bfloat16* const tiles = base_.data() + pair * 2 * deep_ * TILE;
             pack(pair, tiles);
@@ -115,7 +122,8 @@ class Pass {
         Buffer<float> sums(pairs * 4 * SUM, UNINITIALISED);
         auto nothing = [] {};
         for (int64_t p = 0; p < rho_; p += PAIR) {
-            multiply_panel(left, deep_, pairs, skinny_.data() + p / PAIR * 2 * steps_ * TILE, steps_, sums.data(), nothing);
+            multiply_panel(left, deep_, pairs, skinny_.data() + p / PAIR * 2 * steps_ * TILE, steps_, sums.data(),
+                           nothing);
             for (int64_t j = 0; j < 2; ++j) {
                 const int64_t first = p + j * ROWS;
                 const __m512 u_p = u ? load_floats(u + first, rho_ - first) : _mm512_setzero_ps();
@@ -247,7 +255,8 @@ adamss_status backward_bfloat16(const adamss_backward_args& args) {
     const bool masked = !columns.is_all;
     const bfloat16* const source = static_cast<const bfloat16*>(args.P ? args.P : args.x);
     const int64_t width = args.P ? args.R : D, stride = args.P ? args.stride_pm : args.stride_xm;
-    const int64_t size_dQ = args.dB ? Outer::size(learning, width) : 0, size_dC = args.dC ? Outer::size(learning, N) : 0;
+    const int64_t size_dQ = args.dB ? Outer::size(learning, width) : 0;
+    const int64_t size_dC = args.dC ? Outer::size(learning, N) : 0;
     // Whole cache lines, so that no row of a tile straddles two.
     const int64_t size = size_dQ + size_dC + round_up(learning, ROWS);
     Buffer<float> partial(shares.count * size, UNINITIALISED);
@@ -259,7 +268,8 @@ adamss_status backward_bfloat16(const adamss_backward_args& args) {
         const int64_t first = share * shares.tokens, end = smaller(args.M, first + shares.tokens);
         const int64_t block_M = smaller(4 * PAIR, shares.tokens);
         Buffer<bfloat16> left(pass.left_size(block_M), UNINITIALISED);
-        Buffer<float> dS(block_M * pass.stride_s(), UNINITIALISED), S_learning(masked ? block_M * learning : 0, UNINITIALISED);
+        Buffer<float> dS(block_M * pass.stride_s(), UNINITIALISED);
+        Buffer<float> S_learning(masked ? block_M * learning : 0, UNINITIALISED);
         for (int64_t begin = first; begin < end; begin += block_M) {
             const int64_t M = smaller(block_M, end - begin), next = begin + M, next_M = smaller(block_M, args.M - next);
             const bfloat16* const dy = static_cast<const bfloat16*>(args.dy) + begin * args.stride_dym;
@@ -299,7 +309,8 @@ adamss_status backward_bfloat16(const adamss_backward_args& args) {
         write_dB(args, columns, dQ.data(), width, sums_dC + size_dC);
     }
     if (args.dC)
-        write_dC<float>(args, columns, [&](int64_t p, int64_t, int64_t i) { return Outer::at(sums_dC, learning, p, i); });
+        write_dC<float>(args, columns,
+                        [&](int64_t p, int64_t, int64_t i) { return Outer::at(sums_dC, learning, p, i); });
     return ADAMSS_WHOLE;
 }
 

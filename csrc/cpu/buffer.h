@@ -1,5 +1,5 @@
-// An array of run-time size. Not std::vector: a template of the standard library that is instantiated here with one instruction
-// set's flags could be the copy that the linker keeps for all of them.
+// An array of run-time size. Not std::vector: a template of the standard library that is instantiated here with one
+// instruction set's flags could be the copy that the linker keeps for all of them.
 #pragma once
 
 #include <cstdint>
