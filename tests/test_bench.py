@@ -400,3 +400,19 @@ def test_the_microbenchmarks_run():
         [*command, "-k", "small and float32 or layout or one_layer"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_freed_memory_stays_with_the_process_while_it_is_measured():
+    code = """if True:
+        import resource, sys, torch
+        from adamss_kernels.native.allocator import keep_freed_memory
+        kept = keep_freed_memory()
+        assert kept or sys.platform != "linux"
+        for _ in range(3):
+            torch.ones(8 << 20)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(8 << 20)
+        print(int(kept), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    kept, faults = map(int, result.stdout.split())
+    assert not kept or faults < 100, "32 MiB of fresh memory would be 8192 pages"

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ...native.allocator import keep_freed_memory
 from . import asa, compare, init, layer, memory, methods, model, results, scaling
 from .bound import measure_bound
 from .measure import Settings, pinned
@@ -64,10 +65,11 @@ def run(args: argparse.Namespace) -> int:
         raise SystemExit("--shapes: expected one suite beside it, whose fields it names")
     device = torch.device(args.device)
     everything: list[Row] = []
+    keeps_memory = keep_freed_memory()
     with pinned(args.threads or torch.get_num_threads()):
         for suite in suites:
             start = time.monotonic()
-            environment = results.environment(device)
+            environment = results.environment(device) | {"keeps_freed_memory": keeps_memory}
             rows = list(_printed(_rows(suite, args, device)))
             everything += rows
             print(f"{suite}: {time.monotonic() - start:.0f} s\n", flush=True)

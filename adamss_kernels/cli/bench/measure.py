@@ -12,9 +12,11 @@ training loop is: its code and its parameters were used a moment ago. Its input 
 operands in turn from `rotation`, which is larger than the cache, as activations come from another layer; on a GPU the
 L2 cache is overwritten before every timed call.
 
-On the CPU the clock is the wall clock. On a GPU it is a pair of events around each call, queued while the overwriting
-of the cache still runs, so that launches are timed only where Python is slower than the kernels; with `graph` a call is
-the replay of a CUDA graph, which takes Python out altogether. Garbage collector and log rest meanwhile.
+On the CPU the clock is the wall clock, and freed memory stays with the process (`native/allocator.py` says why), as
+with the allocators that are recommended for training. On a GPU it is a pair of events around each call, queued while the
+overwriting of the cache still runs, so that launches are timed only where Python is slower than the kernels; with
+`graph` a call is the replay of a CUDA graph, which takes Python out altogether. Garbage collector and log rest
+meanwhile.
 """
 
 from __future__ import annotations
