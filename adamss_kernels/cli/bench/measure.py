@@ -13,8 +13,8 @@ operands in turn from `rotation`, which is larger than the cache, as activations
 L2 cache is overwritten before every timed call.
 
 On the CPU the clock is the wall clock, and freed memory stays with the process (`native/allocator.py` says why), as
-with the allocators that are recommended for training. On a GPU it is a pair of events around each call, queued while the
-overwriting of the cache still runs, so that launches are timed only where Python is slower than the kernels; with
+with the allocators that are recommended for training. On a GPU it is a pair of events around each call, queued while
+the overwriting of the cache still runs, so that launches are timed only where Python is slower than the kernels; with
 `graph` a call is the replay of a CUDA graph, which takes Python out altogether. Garbage collector and log rest
 meanwhile.
 """
