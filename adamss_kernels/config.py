@@ -15,6 +15,18 @@ BACKENDS = ("reference", "native", "triton", "cuda")
 SAVE_FOR_BACKWARD = ("auto", "projection", "input")
 
 
+ASA_FIELDS = (
+    "asa_target_subspaces",
+    "init_warmup",
+    "final_warmup",
+    "mask_interval",
+    "asa_importance_beta",
+    "asa_uncertainty_beta",
+    "asa_schedule_exponent",
+)
+"""The hyperparameters of ASA that PEFT has too."""
+
+
 @dataclass(frozen=True)
 class AdaMSSConfig:
     """Hyperparameters of AdaMSS, with the field names and defaults of PEFT's `AdamssConfig`.

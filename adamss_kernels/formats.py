@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .atomic import replace_file
 from .checkpoint import SAME_BASIS, augmented, is_writer, wait_for_writer
-from .config import AdaMSSConfig
+from .config import ASA_FIELDS, AdaMSSConfig
 from .decompose import Decomposition, decompose
 from .importance import full_tensor
 from .layout import SubspaceLayout, block_diagonal, column_mask
@@ -36,13 +36,7 @@ _SHARED_FIELDS = (
     "subspace_rank",
     "init_weights",
     "use_asa",
-    "asa_target_subspaces",
-    "init_warmup",
-    "final_warmup",
-    "mask_interval",
-    "asa_importance_beta",
-    "asa_uncertainty_beta",
-    "asa_schedule_exponent",
+    *ASA_FIELDS,
     "use_dynamic_rank",
     "svd_threshold",
     "random_seed",

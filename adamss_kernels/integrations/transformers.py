@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ..asa import SubspaceAllocator
-from ..config import AdaMSSConfig
+from ..config import ASA_FIELDS, AdaMSSConfig
 from ..importance import full_tensor
 from ..model import adamss_layers, unwrap
 
@@ -26,15 +26,6 @@ logger = logging.getLogger(__name__)
 ALIASES = {"target_kk": "asa_target_subspaces", "beta1": "asa_importance_beta", "beta2": "asa_uncertainty_beta"}
 """The argument names of the original AdaMSS scripts, where they differ from the config's."""
 
-_FIELDS = (
-    "asa_target_subspaces",
-    "init_warmup",
-    "final_warmup",
-    "mask_interval",
-    "asa_importance_beta",
-    "asa_uncertainty_beta",
-    "asa_schedule_exponent",
-)
 _OWN_FIELDS = ("asa_scope", "asa_mode", "asa_compat")
 
 
@@ -67,8 +58,8 @@ class ASACallback(TrainerCallback, ExportableState):
         self.overrides: dict[str, Any] = {}
         for key, value in overrides.items():
             name = ALIASES.get(key, key)
-            if name not in (*_FIELDS, *_OWN_FIELDS):
-                known = sorted((*_FIELDS, *_OWN_FIELDS, *ALIASES))
+            if name not in (*ASA_FIELDS, *_OWN_FIELDS):
+                known = sorted((*ASA_FIELDS, *_OWN_FIELDS, *ALIASES))
                 raise TypeError(f"ASACallback: unexpected argument {key!r}, expected one of {known}")
             if name in self.overrides:
                 raise TypeError(f"ASACallback: {name} is given twice, once by its other name")
@@ -204,7 +195,7 @@ class _PeftModel:
         for name in pruned:
             config = tuner.peft_config[name]
             # PEFT before 0.20 takes any value.
-            AdaMSSConfig(use_asa=True, **{field: getattr(config, field) for field in _FIELDS} | dict(overrides))
+            AdaMSSConfig(use_asa=True, **{field: getattr(config, field) for field in ASA_FIELDS} | dict(overrides))
             for field, value in overrides.items():
                 setattr(config, field, value)
         self._adapters = pruned
