@@ -17,66 +17,13 @@ from torch import Tensor
 _SUFFIX = "dylib" if sys.platform == "darwin" else "so"
 _NAME = f"libadamss_cpu.{_SUFFIX}"
 
-# `adamss_status`; 0 is an update without the base product.
-_WHOLE, _NO_MEMORY = 1, 2
-
-
-class Layout(ctypes.Structure):
-    """`adamss_layout`."""
-
-    _fields_ = (
-        *((name, c_int64) for name in ("N", "K")),
-        *((name, c_void_p) for name in ("row_subspace", "offsets", "active", "trainable")),
-    )
-
-
-class ForwardArgs(ctypes.Structure):
-    """`adamss_forward_args`."""
-
-    _fields_ = (
-        *((name, c_int64) for name in ("dtype", "M", "D", "R")),
-        ("x", c_void_p),
-        ("stride_xm", c_int64),
-        ("P", c_void_p),
-        ("stride_pm", c_int64),
-        ("W", c_void_p),
-        ("stride_wn", c_int64),
-        *((name, c_void_p) for name in ("A", "a", "B", "bias", "C")),
-        ("r_max", c_int64),
-        *((name, c_void_p) for name in ("S", "y")),
-        ("layout", Layout),
-    )
-
-
-class BackwardArgs(ctypes.Structure):
-    """`adamss_backward_args`."""
-
-    _fields_ = (
-        *((name, c_int64) for name in ("dtype", "M", "D", "R")),
-        ("dy", c_void_p),
-        ("stride_dym", c_int64),
-        ("x", c_void_p),
-        ("stride_xm", c_int64),
-        ("P", c_void_p),
-        ("stride_pm", c_int64),
-        ("S", c_void_p),
-        ("W", c_void_p),
-        ("stride_wn", c_int64),
-        *((name, c_void_p) for name in ("A", "a", "B", "C")),
-        ("r_max", c_int64),
-        *((name, c_void_p) for name in ("dx", "dB", "dC")),
-        ("layout", Layout),
-    )
-
 
 class Library(NamedTuple):
-    """The loaded library: its kernels, the instruction sets it can use here, and how to choose one by name.
+    """The loaded library: ASA's kernels, the instruction sets it can use here, and how to choose one by name.
 
-    `forward` and `backward` return whether y or dx is whole; otherwise the base product is still to be added.
+    The layer's kernels are torch operators from then on; see `native`.
     """
 
-    forward: Callable[[ForwardArgs], bool]
-    backward: Callable[[BackwardArgs], bool]
     measure: Callable[..., None]
     accumulate: Callable[..., None]
     isas: tuple[str, ...]
@@ -100,21 +47,19 @@ def load() -> Library:
     if path is None:
         raise OSError(_build_state())
     library = ctypes.CDLL(str(path))
-    libtorch = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{_SUFFIX}"))
+    libtorch = Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{_SUFFIX}"
     try:
-        parallel_for = ctypes.cast(libtorch.torch_parallel_for, c_void_p)
+        parallel_for = ctypes.cast(ctypes.CDLL(str(libtorch)).torch_parallel_for, c_void_p)
     except AttributeError:
         raise OSError(f"torch {torch.__version__} does not export torch_parallel_for") from None
-    for name in ("adamss_cpu_isa", "adamss_cpu_isas"):
+    for name in ("adamss_cpu_isa", "adamss_cpu_isas", "adamss_cpu_register"):
         getattr(library, name).restype = c_char_p
     library.adamss_cpu_init.argtypes = (c_void_p, c_char_p)
-    library.adamss_cpu_forward.argtypes = (ctypes.POINTER(ForwardArgs),)
-    library.adamss_cpu_backward.argtypes = (ctypes.POINTER(BackwardArgs),)
+    library.adamss_cpu_init.restype = c_int32
+    library.adamss_cpu_register.argtypes = (c_char_p,)
     library.adamss_cpu_measure.argtypes = (c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p)
     library.adamss_cpu_accumulate.argtypes = (c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_double, c_double)
     library.adamss_cpu_measure.restype = library.adamss_cpu_accumulate.restype = None
-    for name in ("adamss_cpu_init", "adamss_cpu_forward", "adamss_cpu_backward"):
-        getattr(library, name).restype = c_int32
 
     isas = tuple(library.adamss_cpu_isas().decode().split())
 
@@ -123,9 +68,10 @@ def load() -> Library:
             raise OSError(f"ADAMSS_CPU_ISA={name!r}: this machine and build have {isas}")
 
     use_isa(os.environ.get("ADAMSS_CPU_ISA", ""))
+    missing = library.adamss_cpu_register(os.fsencode(libtorch))
+    if missing is not None:
+        raise OSError(f"torch {torch.__version__} does not export {missing.decode()}")
     return Library(
-        _checked(library.adamss_cpu_forward),
-        _checked(library.adamss_cpu_backward),
         library.adamss_cpu_measure,
         library.adamss_cpu_accumulate,
         isas,
@@ -156,16 +102,6 @@ def describe() -> dict[str, str]:
         "takes": "float32, float64 and bfloat16 on the CPU; everything else is the reference's",
         "threads": "torch's own",
     }
-
-
-def _checked(function: Callable[..., int]) -> Callable[..., bool]:
-    def call(args: ctypes.Structure) -> bool:
-        status = function(args)
-        if status == _NO_MEMORY:
-            raise MemoryError(f"{function.__name__}: no memory for scratch space")  # type: ignore[attr-defined]
-        return status == _WHOLE
-
-    return call
 
 
 def _find(name: str) -> Path | None:

@@ -82,6 +82,10 @@ enum adamss_status : int32_t { ADAMSS_UPDATE = 0, ADAMSS_WHOLE = 1, ADAMSS_NO_ME
 int32_t adamss_cpu_forward(const adamss_forward_args*);
 int32_t adamss_cpu_backward(const adamss_backward_args*);
 
+// Gives torch's operators `native_forward` and `native_backward` of adamss_kernels their CPU kernels. `libtorch` is the
+// path of the loaded library. Returns null, or the name of what that torch lacks.
+const char* adamss_cpu_register(const char* libtorch);
+
 // ASA, float or double. measured = |w * g| for `count` pairs of matrices of `sizes` elements, one after the other, and
 // its sum; a null g stands for zero.
 void adamss_cpu_measure(int64_t dtype, int64_t count, const void* const* w, const void* const* g, const int64_t* sizes,

@@ -1,0 +1,194 @@
+// The operators `native_forward` and `native_backward` as torch's dispatcher calls them: takes tensors apart for the
+// kernels, and has torch add the base product where they leave it out.
+//
+// In C++ because a Python function around them costs as much as a small layer's whole update.
+#include <dlfcn.h>
+
+#include <new>
+
+#include "interface.h"
+#include "torch_shim.h"
+
+namespace adamss::torch {
+
+Shim shim;
+
+namespace {
+
+// The inputs of an operator in their order; each is taken once, and owned from then on.
+class Inputs {
+    const Value* next_;
+
+  public:
+    explicit Inputs(const Value* stack) : next_(stack) {}
+    Tensor tensor() { return Tensor(reinterpret_cast<Handle>(*next_++)); }
+    Tensor optional() {
+        const Value* const held = reinterpret_cast<const Value*>(*next_++);
+        Tensor t(held ? reinterpret_cast<Handle>(*held) : nullptr);
+        delete held;
+        return t;
+    }
+    bool boolean() { return *next_++ & 1; }
+};
+
+void set_outputs(Value* stack, Tensor& first, Tensor& second, Tensor& third) {
+    for (Tensor* t : {&first, &second, &third}) *stack++ = reinterpret_cast<Value>(t->release());
+}
+
+Tensor copied(const Tensor& t, int32_t dtype) {
+    Tensor copy = t.dimensions() == 1 ? empty(dtype, t.size(0)) : empty(dtype, t.size(0), t.size(1));
+    check(shim.aoti_torch_copy_(copy.get(), t.get(), 0), "copy_");
+    return copy;
+}
+
+// The tensor itself where it is contiguous and of `dtype`, else a copy that is.
+Tensor dense(Tensor t, int32_t dtype) {
+    return !t || (t.dtype() == dtype && t.is_contiguous()) ? std::move(t) : copied(t, dtype);
+}
+
+// The tensor itself where its rows are contiguous, else a copy: an expanded gradient, a transpose.
+Tensor dense_rows(Tensor t) { return !t || t.stride(1) == 1 ? std::move(t) : copied(t, t.dtype()); }
+
+int64_t row_stride(const Tensor& rows) { return rows ? rows.stride(0) : 0; }
+
+// P = x A^T + a.
+Tensor projected(const Tensor& x, const Tensor& basis, const Tensor& basis_bias) {
+    const int32_t dtype = x.dtype();
+    Tensor P = empty(dtype, x.size(0), basis.size(0));
+    const Tensor A = basis.dtype() == dtype ? transposed(basis) : transposed(copied(basis, dtype));
+    if (basis_bias && basis_bias.dtype() != dtype)
+        multiply(P, copied(basis_bias, dtype), x, A);
+    else
+        multiply(P, basis_bias, x, A);
+    return P;
+}
+
+struct Types {
+    int64_t dtype;
+    int32_t arithmetic;
+    explicit Types(const Tensor& x) : arithmetic(shim.aoti_torch_dtype_float32) {
+        const int32_t storage = x.dtype();
+        if (storage == shim.aoti_torch_dtype_float32)
+            dtype = ADAMSS_FLOAT32;
+        else if (storage == shim.aoti_torch_dtype_bfloat16)
+            dtype = ADAMSS_BFLOAT16;
+        else if (storage == shim.aoti_torch_dtype_float64)
+            dtype = ADAMSS_FLOAT64, arithmetic = storage;
+        else
+            throw std::runtime_error("adamss_kernels: expected float32, float64 or bfloat16");
+    }
+};
+
+adamss_layout layout_of(const Tensor& row_subspace, const Tensor& offsets, const Tensor& active,
+                        const Tensor& trainable) {
+    return {row_subspace.size(0),
+            offsets.size(0) - 1,
+            static_cast<const int32_t*>(row_subspace.data()),
+            static_cast<const int32_t*>(offsets.data()),
+            static_cast<const uint8_t*>(active.data()),
+            static_cast<const uint8_t*>(trainable.data())};
+}
+
+// Whether the kernels have left the base product to torch.
+bool lacks_base(int32_t status) {
+    if (status == ADAMSS_NO_MEMORY) throw std::bad_alloc();
+    return status == ADAMSS_UPDATE;
+}
+
+void forward(Value* stack, uint64_t, uint64_t) {
+    Inputs in(stack);
+    Tensor x = in.tensor(), weight = in.tensor(), bias = in.optional(), basis = in.optional(),
+           basis_bias = in.optional(), B = in.tensor(), C = in.tensor();
+    const Tensor row_subspace = in.tensor(), offsets = in.tensor();
+    Tensor active = in.optional();
+    const bool keep_S = in.boolean(), keep_P = in.boolean();
+
+    const Types types(x);
+    const int64_t M = x.size(0), N = weight.size(0), R = B.size(1);
+    Tensor P = keep_P ? projected(x, basis, basis_bias) : empty(x.dtype(), 0);
+    Tensor S = keep_S ? empty(types.arithmetic, M, B.size(0)) : empty(types.arithmetic, 0);
+    Tensor y = empty(x.dtype(), M, N);
+    basis = dense(std::move(basis), types.arithmetic);
+    basis_bias = dense(std::move(basis_bias), types.arithmetic);
+    bias = dense(std::move(bias), x.dtype());
+    B = dense(std::move(B), types.arithmetic);
+    C = dense(std::move(C), types.arithmetic);
+    active = dense(std::move(active), shim.aoti_torch_dtype_bool);
+    x = dense_rows(std::move(x));
+    weight = dense_rows(std::move(weight));
+
+    const adamss_forward_args args = {types.dtype, M, x.size(1), R, x.data(), row_stride(x),
+                                      keep_P ? P.data() : nullptr, R, weight.data(), row_stride(weight), basis.data(),
+                                      basis_bias.data(), B.data(), bias.data(), C.data(), C.size(1),
+                                      keep_S ? S.data() : nullptr, y.data(),
+                                      layout_of(row_subspace, offsets, active, Tensor())};
+    if (lacks_base(adamss_cpu_forward(&args))) multiply(y, y, x, transposed(weight));
+    set_outputs(stack, y, S, P);
+}
+
+void backward(Value* stack, uint64_t, uint64_t) {
+    Inputs in(stack);
+    Tensor dy = in.tensor(), x = in.optional(), S = in.optional(), P = in.optional(), weight = in.tensor(),
+           basis = in.optional(), basis_bias = in.optional(), B = in.tensor(), C = in.tensor();
+    const Tensor row_subspace = in.tensor(), offsets = in.tensor();
+    Tensor active = in.optional(), trainable = in.optional();
+    const bool need_dx = in.boolean(), need_dB = in.boolean(), need_dC = in.boolean();
+
+    const Types types(dy);
+    const int32_t dtype_B = B.dtype(), dtype_C = C.dtype();
+    const int64_t M = dy.size(0), D = weight.size(1), R = B.size(1);
+    Tensor dx = need_dx ? empty(dy.dtype(), M, D) : empty(dy.dtype(), 0);
+    Tensor dB = need_dB ? empty(types.arithmetic, B.size(0), R) : empty(types.arithmetic, 0);
+    Tensor dC = need_dC ? empty(types.arithmetic, C.size(0), C.size(1)) : empty(types.arithmetic, 0);
+    // Without a basis x is what B takes, in the place of P. The address of no rows at all would be null: "no P".
+    if (need_dB && !basis) P = M ? std::move(x) : empty(dy.dtype(), 1, R);
+    const bool by_P = need_dB && P;
+    P = dense_rows(std::move(P));
+    x = dense_rows(std::move(x));
+    basis = dense(std::move(basis), types.arithmetic);
+    basis_bias = dense(std::move(basis_bias), types.arithmetic);
+    B = dense(std::move(B), types.arithmetic);
+    C = dense(std::move(C), types.arithmetic);
+    active = dense(std::move(active), shim.aoti_torch_dtype_bool);
+    trainable = dense(std::move(trainable), shim.aoti_torch_dtype_bool);
+    dy = dense_rows(std::move(dy));
+    weight = dense_rows(std::move(weight));
+
+    const adamss_backward_args args = {types.dtype, M, D, R, dy.data(), row_stride(dy),
+                                       need_dB && !by_P ? x.data() : nullptr, row_stride(x),
+                                       by_P ? P.data() : nullptr, row_stride(P), need_dC ? S.data() : nullptr,
+                                       weight.data(), row_stride(weight), basis.data(), basis_bias.data(), B.data(),
+                                       C.data(), C.size(1), need_dx ? dx.data() : nullptr,
+                                       need_dB ? dB.data() : nullptr, need_dC ? dC.data() : nullptr,
+                                       layout_of(row_subspace, offsets, active, trainable)};
+    if (lacks_base(adamss_cpu_backward(&args)) && need_dx) multiply(dx, dx, dy, weight);
+    if (dtype_B != types.arithmetic) dB = copied(dB, dtype_B);
+    if (dtype_C != types.arithmetic) dC = copied(dC, dtype_C);
+    set_outputs(stack, dx, dB, dC);
+}
+
+}  // namespace
+}  // namespace adamss::torch
+
+extern "C" const char* adamss_cpu_register(const char* libtorch) {
+    using namespace adamss::torch;
+    void* const torch = dlopen(libtorch, RTLD_NOW | RTLD_NOLOAD);
+    if (!torch) return libtorch;
+#define F(name, arguments)                                                     \
+    shim.name = reinterpret_cast<decltype(shim.name)>(dlsym(torch, #name)); \
+    if (!shim.name) return #name;
+    ADAMSS_TORCH_FUNCTIONS(F)
+#undef F
+#define F(type, name)                                                  \
+    const auto get_##name = reinterpret_cast<type (*)()>(dlsym(torch, #name)); \
+    if (!get_##name) return #name;                                     \
+    shim.name = get_##name();
+    ADAMSS_TORCH_CONSTANTS(F)
+#undef F
+    // Kept for as long as the process lives: deleting it would take the operators away.
+    void* library;
+    const int32_t failed = shim.aoti_torch_library_init_impl("adamss_kernels", "CPU", __FILE__, __LINE__, &library) ||
+                           shim.torch_library_impl(library, "native_forward", forward, shim.aoti_torch_abi_version) ||
+                           shim.torch_library_impl(library, "native_backward", backward, shim.aoti_torch_abi_version);
+    return failed ? "torch_library_impl" : nullptr;
+}

@@ -1,0 +1,139 @@
+// What is used of torch's stable C interface, declared by hand: the library is built without torch, and finds these
+// functions in the torch of the process that loads it.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace adamss::torch {
+
+// A tensor, and a value on the stack of an operator: a tensor owned by its reader, a bool, or for an optional a pointer
+// to a value (null for none), owned likewise.
+typedef struct AtenTensorOpaque* Handle;
+typedef uint64_t Value;
+typedef void (*Kernel)(Value* stack, uint64_t inputs, uint64_t outputs);
+
+// All return 0 for success. F(name, arguments).
+#define ADAMSS_TORCH_FUNCTIONS(F)                                                                               \
+    F(aoti_torch_library_init_impl, (const char*, const char* key, const char* file, uint32_t line, void** made)) \
+    F(torch_library_impl, (void* library, const char* name, Kernel, uint64_t abi_version))                      \
+    F(aoti_torch_delete_tensor_object, (Handle))                                                                \
+    F(aoti_torch_get_data_ptr, (Handle, void**))                                                                \
+    F(aoti_torch_get_dim, (Handle, int64_t*))                                                                   \
+    F(aoti_torch_get_sizes, (Handle, int64_t**))                                                                \
+    F(aoti_torch_get_strides, (Handle, int64_t**))                                                              \
+    F(aoti_torch_get_dtype, (Handle, int32_t*))                                                                 \
+    F(aoti_torch_is_contiguous, (Handle, bool*))                                                                \
+    F(aoti_torch_empty_strided, (int64_t dimensions, const int64_t* sizes, const int64_t* strides, int32_t dtype, \
+                                 int32_t device_type, int32_t device_index, Handle* made))                      \
+    F(aoti_torch__reinterpret_tensor, (Handle, int64_t dimensions, const int64_t* sizes, const int64_t* strides, \
+                                       int64_t offset, Handle* made))                                           \
+    F(aoti_torch_copy_, (Handle to, Handle from, int32_t non_blocking))                                         \
+    F(aoti_torch_cpu_mm_out, (Handle out, Handle left, Handle right))                                           \
+    F(aoti_torch_cpu_addmm_out, (Handle out, Handle added, Handle left, Handle right, double beta, double alpha))
+
+// Plain values. F(type, name).
+#define ADAMSS_TORCH_CONSTANTS(F)               \
+    F(uint64_t, aoti_torch_abi_version)         \
+    F(int32_t, aoti_torch_device_type_cpu)      \
+    F(int32_t, aoti_torch_dtype_float32)        \
+    F(int32_t, aoti_torch_dtype_float64)        \
+    F(int32_t, aoti_torch_dtype_bfloat16)       \
+    F(int32_t, aoti_torch_dtype_bool)
+
+struct Shim {
+#define F(name, arguments) int32_t(*name) arguments;
+    ADAMSS_TORCH_FUNCTIONS(F)
+#undef F
+#define F(type, name) type name;
+    ADAMSS_TORCH_CONSTANTS(F)
+#undef F
+};
+extern Shim shim;
+
+inline void check(int32_t error, const char* what) {
+    // torch has written its own message to stderr.
+    if (error) throw std::runtime_error(std::string("adamss_kernels: torch failed in ") + what);
+}
+
+// An owned tensor, or none.
+class Tensor {
+    Handle handle_ = nullptr;
+
+  public:
+    Tensor() = default;
+    explicit Tensor(Handle handle) : handle_(handle) {}
+    Tensor(Tensor&& other) noexcept : handle_(std::exchange(other.handle_, nullptr)) {}
+    Tensor& operator=(Tensor&& other) noexcept {
+        std::swap(handle_, other.handle_);
+        return *this;
+    }
+    ~Tensor() {
+        if (handle_) shim.aoti_torch_delete_tensor_object(handle_);
+    }
+
+    explicit operator bool() const { return handle_; }
+    Handle get() const { return handle_; }
+    Handle release() { return std::exchange(handle_, nullptr); }
+
+    // Null for none.
+    void* data() const {
+        void* p = nullptr;
+        if (handle_) check(shim.aoti_torch_get_data_ptr(handle_, &p), "data_ptr");
+        return p;
+    }
+    int64_t dimensions() const {
+        int64_t dimensions;
+        check(shim.aoti_torch_get_dim(handle_, &dimensions), "dim");
+        return dimensions;
+    }
+    int64_t size(int dimension) const {
+        int64_t* sizes;
+        check(shim.aoti_torch_get_sizes(handle_, &sizes), "sizes");
+        return sizes[dimension];
+    }
+    int64_t stride(int dimension) const {
+        int64_t* strides;
+        check(shim.aoti_torch_get_strides(handle_, &strides), "strides");
+        return strides[dimension];
+    }
+    int32_t dtype() const {
+        int32_t dtype;
+        check(shim.aoti_torch_get_dtype(handle_, &dtype), "dtype");
+        return dtype;
+    }
+    bool is_contiguous() const {
+        bool is;
+        check(shim.aoti_torch_is_contiguous(handle_, &is), "is_contiguous");
+        return is;
+    }
+};
+
+// A new matrix, or with one size a vector.
+inline Tensor empty(int32_t dtype, int64_t rows, int64_t columns = -1) {
+    const int64_t sizes[] = {rows, columns}, strides[] = {columns < 0 ? 1 : columns, 1};
+    Handle made;
+    check(shim.aoti_torch_empty_strided(columns < 0 ? 1 : 2, sizes, strides, dtype, shim.aoti_torch_device_type_cpu, 0, &made),
+          "empty");
+    return Tensor(made);
+}
+
+// A view of a matrix.
+inline Tensor transposed(const Tensor& t) {
+    const int64_t sizes[] = {t.size(1), t.size(0)}, strides[] = {t.stride(1), t.stride(0)};
+    Handle made;
+    check(shim.aoti_torch__reinterpret_tensor(t.get(), 2, sizes, strides, 0, &made), "transpose");
+    return Tensor(made);
+}
+
+// out = left right, or with `added` (of out's shape, or a row) added + left right.
+inline void multiply(const Tensor& out, const Tensor& added, const Tensor& left, const Tensor& right) {
+    if (added)
+        check(shim.aoti_torch_cpu_addmm_out(out.get(), added.get(), left.get(), right.get(), 1, 1), "addmm");
+    else
+        check(shim.aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()), "mm");
+}
+
+}  // namespace adamss::torch
