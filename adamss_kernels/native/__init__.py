@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .importance import accumulate_importance, measure_importance
-from .library import describe, load, why_not_loaded
+from .library import describe, why_not_loaded
 
 __all__ = ["accumulate_importance", "backward", "describe", "forward", "measure_importance", "unavailable"]
 
