@@ -4,7 +4,8 @@
 // base = W^T, U = Q^T, V = C^T. Backward: left = dy, base = W, U = C, V = Q. U, S and V meet the tiles rounded to
 // bfloat16, as plain PyTorch has them; sums are floats, and S V only makes the base product deeper.
 #include "amx_tiles.h"
-#include "kernels.h"
+#include "backward.h"
+#include "forward.h"
 
 #ifdef __linux__
 #include <cpuid.h>

@@ -228,16 +228,29 @@ void one_case() {
                 dx[m * D + d] += dy(m, i) * W(i, d);
                 dx_size[m * D + d] += std::abs(dy(m, i) * W(i, d));
             }
-    Matrix<X> dx_got(M, D, D, false);
+    const bool updates_W = need_dx && !std::is_same_v<X, half> && coin();
+    std::vector<double> W_updated(N * D), W_size(N * D);
+    for (int64_t i = 0; i < N; ++i)
+        for (int64_t d = 0; d < D; ++d) {
+            W_updated[i * D + d] = W(i, d), W_size[i * D + d] = std::abs(W(i, d));
+            const int32_t k = row_subspace[i];
+            for (int64_t j = 0; j < offsets[k + 1] - offsets[k] && on(k); ++j) {
+                W_updated[i * D + d] += C(i, j) * Q[(offsets[k] + j) * D + d];
+                W_size[i * D + d] += std::abs(C(i, j)) * Q_size[(offsets[k] + j) * D + d];
+            }
+        }
+    Matrix<X> dx_got(M, D, D, false), W_got(N, D, D, false);
     Matrix<T> dB_got(rho, R, R, false), dC_got(N, r_max, r_max, false);
     const adamss_backward_args backward = {
         dtype, M, D, R, dy.data(), dy.stride, projection ? nullptr : x.data(), x.stride,
-        projection ? P.data() : nullptr, P.stride, S_in.data(), whole ? W.data() : nullptr, W.stride, A.data(),
-        has_bias ? a.data() : nullptr, B.data(), C.data(), r_max, need_dx ? dx_got.data() : nullptr,
-        need_dB ? dB_got.data() : nullptr, need_dC ? dC_got.data() : nullptr, layout};
+        projection ? P.data() : nullptr, P.stride, S_in.data(), whole || updates_W ? W.data() : nullptr, W.stride,
+        A.data(), has_bias ? a.data() : nullptr, B.data(), C.data(), r_max,
+        need_dx && !updates_W ? dx_got.data() : nullptr, updates_W ? W_got.data() : nullptr, need_dB ? dB_got.data() : nullptr, need_dC ? dC_got.data() : nullptr, layout};
     if (adamss_cpu_backward(&backward) != (whole ? ADAMSS_WHOLE : ADAMSS_UPDATE)) std::abort();
     const int64_t terms = M + N + D + R + rho;
-    if (need_dx) compare("dx", shape, dx_got, dx, dx_size, whole ? unit_S : unit_X > unit_T ? unit_X / 4 : unit_T, terms);
+    if (updates_W) compare("W_updated", shape, W_got, W_updated, W_size, unit_T, R + r_max);
+    if (need_dx && !updates_W)
+        compare("dx", shape, dx_got, dx, dx_size, whole ? unit_S : unit_X > unit_T ? unit_X / 4 : unit_T, terms);
     if (need_dB) compare("dB", shape, dB_got, dB, dB_size, unit_S, terms);
     if (need_dC) compare("dC", shape, dC_got, dC, dC_size, unit_S, terms);
 }

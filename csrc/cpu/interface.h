@@ -42,7 +42,7 @@ struct adamss_forward_args {
 };
 
 // dS = dy C, dC = dy^T S at the places of C, dB = (dS^T x) A^T + (sum_m dS) a^T or dS^T P, dx = dS Q, where the base
-// GEMM then accumulates; or dx whole.
+// GEMM then accumulates; or dx whole; or instead of dx the weight W' = W + C Q, for dx = dy W'.
 // Outputs may be null where not wanted; those of parameters are zero where a subspace is not active and trainable.
 struct adamss_backward_args {
     int64_t dtype, M, D, R;
@@ -61,6 +61,7 @@ struct adamss_backward_args {
     const void* C;  // (N, r_max)
     int64_t r_max;
     void* dx;  // (M, D), dtype of x
+    void* W_updated;  // (N, D), dtype of x: not for bfloat16, whose rounding would swallow the update
     void* dB;  // (RHO, R)
     void* dC;  // (N, r_max)
     adamss_layout layout;

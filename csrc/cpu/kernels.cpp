@@ -1,5 +1,6 @@
 // Compiled once per instruction set, with ADAMSS_ISA its name: picks the kernel for a dtype.
-#include "kernels.h"
+#include "backward.h"
+#include "forward.h"
 
 namespace ADAMSS_ISA {
 

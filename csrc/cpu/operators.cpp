@@ -7,6 +7,7 @@
 #include <new>
 
 #include "interface.h"
+#include "scratch.h"
 #include "torch_shim.h"
 
 namespace adamss::torch {
@@ -50,6 +51,26 @@ Tensor dense(Tensor t, int32_t dtype) {
 Tensor dense_rows(Tensor t) { return !t || t.stride(1) == 1 ? std::move(t) : copied(t, t.dtype()); }
 
 int64_t row_stride(const Tensor& rows) { return rows ? rows.stride(0) : 0; }
+
+// A matrix for the length of a call, or none of no rows. Not torch's memory: large blocks that come and go can make the
+// C library return pages to the system in every call.
+struct Scratch {
+    int64_t bytes;
+    void* memory = nullptr;
+    Tensor matrix;
+
+    Scratch(int32_t dtype, int64_t rows, int64_t columns)
+        : bytes(rows * columns * (dtype == shim.aoti_torch_dtype_float64 ? 8 : 4)) {
+        if (!rows) return;
+        memory = take_scratch(bytes);
+        if (!memory) throw std::bad_alloc();
+        matrix = of_memory(memory, dtype, rows, columns);
+    }
+    Scratch(const Scratch&) = delete;
+    ~Scratch() {
+        if (memory) give_scratch(memory, bytes);
+    }
+};
 
 // P = x A^T + a.
 Tensor projected(const Tensor& x, const Tensor& basis, const Tensor& basis_bias) {
@@ -95,6 +116,18 @@ bool lacks_base(int32_t status) {
     return status == ADAMSS_UPDATE;
 }
 
+// Whether S, or dB, is better had through P = x A^T + a, in two smaller products. Where AMX makes one pass of all it wants
+// x itself.
+bool goes_through_P(int64_t dtype, const Tensor& basis, int64_t rho) {
+    if (dtype == ADAMSS_BFLOAT16 || !basis) return false;
+    const int64_t R = basis.size(0), D = basis.size(1);
+    return 5 * R * (D + rho) < 4 * rho * D;
+}
+
+// Whether dx is better had from an updated copy of W than from dS Q: they differ in a pass over W and one over dx. Not
+// in bfloat16, to which the copy would be rounded.
+bool updates_weight(int64_t dtype, int64_t M, int64_t N) { return dtype != ADAMSS_BFLOAT16 && M >= 2 * N; }
+
 void forward(Value* stack, uint64_t, uint64_t) {
     Inputs in(stack);
     Tensor x = in.tensor(), weight = in.tensor(), bias = in.optional(), basis = in.optional(),
@@ -105,7 +138,8 @@ void forward(Value* stack, uint64_t, uint64_t) {
 
     const Types types(x);
     const int64_t M = x.size(0), N = weight.size(0), R = B.size(1);
-    Tensor P = keep_P ? projected(x, basis, basis_bias) : empty(x.dtype(), 0);
+    const bool by_P = keep_P || goes_through_P(types.dtype, basis, B.size(0));
+    Tensor P = by_P ? projected(x, basis, basis_bias) : empty(x.dtype(), 0);
     Tensor S = keep_S ? empty(types.arithmetic, M, B.size(0)) : empty(types.arithmetic, 0);
     Tensor y = empty(x.dtype(), M, N);
     basis = dense(std::move(basis), types.arithmetic);
@@ -118,11 +152,12 @@ void forward(Value* stack, uint64_t, uint64_t) {
     weight = dense_rows(std::move(weight));
 
     const adamss_forward_args args = {types.dtype, M, x.size(1), R, x.data(), row_stride(x),
-                                      keep_P ? P.data() : nullptr, R, weight.data(), row_stride(weight), basis.data(),
+                                      by_P ? P.data() : nullptr, R, weight.data(), row_stride(weight), basis.data(),
                                       basis_bias.data(), B.data(), bias.data(), C.data(), C.size(1),
                                       keep_S ? S.data() : nullptr, y.data(),
                                       layout_of(row_subspace, offsets, active, Tensor())};
     if (lacks_base(adamss_cpu_forward(&args))) multiply(y, y, x, transposed(weight));
+    if (!keep_P) P = empty(x.dtype(), 0);
     set_outputs(stack, y, S, P);
 }
 
@@ -138,10 +173,12 @@ void backward(Value* stack, uint64_t, uint64_t) {
     const int32_t dtype_B = B.dtype(), dtype_C = C.dtype();
     const int64_t M = dy.size(0), D = weight.size(1), R = B.size(1);
     Tensor dx = need_dx ? empty(dy.dtype(), M, D) : empty(dy.dtype(), 0);
+    const Scratch W_updated(dy.dtype(), need_dx && updates_weight(types.dtype, M, weight.size(0)) ? weight.size(0) : 0, D);
     Tensor dB = need_dB ? empty(types.arithmetic, B.size(0), R) : empty(types.arithmetic, 0);
     Tensor dC = need_dC ? empty(types.arithmetic, C.size(0), C.size(1)) : empty(types.arithmetic, 0);
     // Without a basis x is what B takes, in the place of P. The address of no rows at all would be null: "no P".
     if (need_dB && !basis) P = M ? std::move(x) : empty(dy.dtype(), 1, R);
+    if (need_dB && !P && goes_through_P(types.dtype, basis, B.size(0))) P = projected(x, basis, basis_bias);
     const bool by_P = need_dB && P;
     P = dense_rows(std::move(P));
     x = dense_rows(std::move(x));
@@ -158,10 +195,14 @@ void backward(Value* stack, uint64_t, uint64_t) {
                                        need_dB && !by_P ? x.data() : nullptr, row_stride(x),
                                        by_P ? P.data() : nullptr, row_stride(P), need_dC ? S.data() : nullptr,
                                        weight.data(), row_stride(weight), basis.data(), basis_bias.data(), B.data(),
-                                       C.data(), C.size(1), need_dx ? dx.data() : nullptr,
-                                       need_dB ? dB.data() : nullptr, need_dC ? dC.data() : nullptr,
+                                       C.data(), C.size(1), need_dx && !W_updated.matrix ? dx.data() : nullptr,
+                                       W_updated.matrix.data(), need_dB ? dB.data() : nullptr, need_dC ? dC.data() : nullptr,
                                        layout_of(row_subspace, offsets, active, trainable)};
-    if (lacks_base(adamss_cpu_backward(&args)) && need_dx) multiply(dx, dx, dy, weight);
+    const bool lacks = lacks_base(adamss_cpu_backward(&args));
+    if (W_updated.matrix)
+        multiply(dx, Tensor(), dy, W_updated.matrix);
+    else if (need_dx && lacks)
+        multiply(dx, dx, dy, weight);
     if (dtype_B != types.arithmetic) dB = copied(dB, dtype_B);
     if (dtype_C != types.arithmetic) dC = copied(dC, dtype_C);
     set_outputs(stack, dx, dB, dC);

@@ -28,6 +28,9 @@ typedef void (*Kernel)(Value* stack, uint64_t inputs, uint64_t outputs);
     F(aoti_torch_is_contiguous, (Handle, bool*))                                                                \
     F(aoti_torch_empty_strided, (int64_t dimensions, const int64_t* sizes, const int64_t* strides, int32_t dtype, \
                                  int32_t device_type, int32_t device_index, Handle* made))                      \
+    F(aoti_torch_create_tensor_from_blob, (void*, int64_t dimensions, const int64_t* sizes, const int64_t* strides, \
+                                           int64_t offset, int32_t dtype, int32_t device_type, int32_t device_index, \
+                                           Handle* made))                                                       \
     F(aoti_torch__reinterpret_tensor, (Handle, int64_t dimensions, const int64_t* sizes, const int64_t* strides, \
                                        int64_t offset, Handle* made))                                           \
     F(aoti_torch_copy_, (Handle to, Handle from, int32_t non_blocking))                                         \
@@ -117,6 +120,16 @@ inline Tensor empty(int32_t dtype, int64_t rows, int64_t columns = -1) {
     Handle made;
     check(shim.aoti_torch_empty_strided(columns < 0 ? 1 : 2, sizes, strides, dtype, shim.aoti_torch_device_type_cpu, 0, &made),
           "empty");
+    return Tensor(made);
+}
+
+// A matrix in memory of ours.
+inline Tensor of_memory(void* memory, int32_t dtype, int64_t rows, int64_t columns) {
+    const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
+    Handle made;
+    check(shim.aoti_torch_create_tensor_from_blob(memory, 2, sizes, strides, 0, dtype, shim.aoti_torch_device_type_cpu,
+                                                  0, &made),
+          "from_blob");
     return Tensor(made);
 }
 

@@ -160,6 +160,7 @@ struct Row {
     const T* p;
     explicit Row(const T* row) : p(row) {}
     vec<T> operator[](const int32_t* index) const { return gather<T>(p, index); }
+    static constexpr bool IN_REGISTERS = false;
     static constexpr int64_t capacity = 1 << 30;
 };
 
@@ -171,6 +172,7 @@ struct Row<float, 1> {
     vec<float> operator[](const int32_t* index) const {
         return (vec<float>)_mm512_permutexvar_ps(_mm512_loadu_si512(index), v);
     }
+    static constexpr bool IN_REGISTERS = true;
     static constexpr int64_t capacity = 16;
 };
 template <>
@@ -180,6 +182,7 @@ struct Row<float, 2> {
     vec<float> operator[](const int32_t* index) const {
         return (vec<float>)_mm512_permutex2var_ps(v, _mm512_loadu_si512(index), w);
     }
+    static constexpr bool IN_REGISTERS = true;
     static constexpr int64_t capacity = 32;
 };
 template <>
@@ -191,6 +194,7 @@ struct Row<float, 4> {
         __mmask16 upper = _mm512_test_epi32_mask(_mm512_loadu_si512(index), _mm512_set1_epi32(32));
         return (vec<float>)_mm512_mask_mov_ps((__m512)low[index], upper, (__m512)high[index]);
     }
+    static constexpr bool IN_REGISTERS = true;
     static constexpr int64_t capacity = 64;
 };
 #elif defined(__AVX2__)
@@ -201,6 +205,7 @@ struct Row<float, 1> {
     vec<float> operator[](const int32_t* index) const {
         return (vec<float>)_mm256_permutevar8x32_ps(v, _mm256_loadu_si256((const __m256i*)index));
     }
+    static constexpr bool IN_REGISTERS = true;
     static constexpr int64_t capacity = 8;
 };
 template <>
@@ -212,6 +217,7 @@ struct Row<float, 2> {
         __m256i upper = _mm256_slli_epi32(_mm256_loadu_si256((const __m256i*)index), 28);
         return (vec<float>)_mm256_blendv_ps((__m256)low[index], (__m256)high[index], _mm256_castsi256_ps(upper));
     }
+    static constexpr bool IN_REGISTERS = true;
     static constexpr int64_t capacity = 16;
 };
 #endif
