@@ -235,7 +235,7 @@ adamss_status backward(const adamss_backward_args& args) {
                 const int64_t tokens = smaller(DOT_M, M - m);
                 dy.take(static_cast<const X*>(args.dy) + (begin + m) * args.stride_dym, args.stride_dym, tokens, DOT_M,
                         N);
-                Prefetch ahead(dS_by_subspace ? l.K : dot_tiles(larger(rho, 1)));
+                Prefetch ahead(dS_by_subspace ? l.K : dot_tiles<T>(N, larger(rho, 1)));
                 ahead.add(static_cast<const X*>(args.dy) + (begin + m + DOT_M) * args.stride_dym, args.stride_dym,
                           smaller(DOT_M, args.M - begin - m - DOT_M));
                 if (args.dB && !args.P)

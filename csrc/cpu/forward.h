@@ -116,7 +116,7 @@ adamss_status forward(const adamss_forward_args& args) {
         for (int64_t m = begin; m < begin + M; m += DOT_M) {
             const int64_t tokens = smaller(DOT_M, begin + M - m);
             x.take(source + m * stride, stride, tokens, DOT_M, D);
-            Prefetch ahead(dot_tiles(larger(rho, 1)));
+            Prefetch ahead(dot_tiles<T>(D, larger(rho, 1)));
             ahead.add(source + (m + DOT_M) * stride, stride, smaller(DOT_M, args.M - m - DOT_M));
             ahead.add(static_cast<const X*>(args.y) + m * l.N, l.N, tokens);
             dot_block<T>(D, x.p, x.stride, rho, projection.Q.data(), projection.q.data(), S.data(), stride_sm,

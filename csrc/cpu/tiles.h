@@ -122,12 +122,19 @@ class Prefetch {
 
 // S (DOT_M, rho) = x Q^T + q. A tile of Q and the rows of x stay in the first-level cache while they meet.
 constexpr int DOT_M = 2 * TILE_M;
-inline int64_t dot_tiles(int64_t rho) { return DOT_M / TILE_M * ((rho + TILE_P - 1) / TILE_P); }
+template <class T>
+int64_t dot_spans(int64_t D) {
+    constexpr int64_t L1_BYTES = 40 << 10;
+    return 1 + D * int64_t(sizeof(T)) * (DOT_M + TILE_P) / L1_BYTES;
+}
+template <class T>
+int64_t dot_tiles(int64_t D, int64_t rho) {
+    return dot_spans<T>(D) * (DOT_M / TILE_M) * ((rho + TILE_P - 1) / TILE_P);
+}
 template <class T>
 void dot_block(int64_t D, const T* x, int64_t stride_xm, int64_t rho, const T* const* Q, const T* q, T* S,
                int64_t stride_sm, Prefetch& ahead) {
-    constexpr int64_t L1_BYTES = 40 << 10;
-    const int64_t spans = 1 + D * int64_t(sizeof(T)) * (DOT_M + TILE_P) / L1_BYTES;
+    const int64_t spans = dot_spans<T>(D);
     const int64_t span = round_up((D + spans - 1) / spans, Vector<T>::width);
     for (int64_t m = 0; m < DOT_M; ++m)
         for (int64_t p = 0; p < rho; ++p) S[m * stride_sm + p] = q ? q[p] : T(0);
