@@ -187,13 +187,21 @@ class _AdaMSSLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):  # type: ignore[override]
         need_dx, need_dweight, need_dbias, _, _, need_dB, need_dC, *_ = ctx.needs_input_grad
-        needs = [need_dx, need_dweight, need_dbias, need_dB and ctx.learns, need_dC and ctx.learns]
-        grads = linear_backward(dy, *ctx.saved_tensors, needs, ctx.backend)
-        dx, dweight, dbias, dB, dC = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-        if not ctx.learns:
-            B, C = ctx.saved_tensors[6:8]
-            dB, dC = _zero_gradients(ctx, (5, B), (6, C))
-        return dx, dweight, dbias, None, None, dB, dC, None, None, None, None, None, None, None
+        saved, learns = ctx.saved_tensors, ctx.learns
+        needs = [need_dx, need_dweight, need_dbias, need_dB and learns, need_dC and learns]
+        dx, dweight, dbias, dB, dC = linear_backward(dy, *saved, needs, ctx.backend)
+        if not learns:
+            dB, dC = _zero_gradients(ctx, (5, saved[6]), (6, saved[7]))
+        return (
+            dx if need_dx else None,
+            dweight if need_dweight else None,
+            dbias if need_dbias else None,
+            None,
+            None,
+            dB if need_dB else None,
+            dC if need_dC else None,
+            *(None,) * 7,
+        )
 
 
 class _BareLinear(torch.autograd.Function):
