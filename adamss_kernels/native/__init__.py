@@ -7,7 +7,6 @@ onto its result, so that the update costs no pass over y or dx of its own.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from .importance import accumulate_importance, measure_importance
 from .library import describe, why_not_loaded
@@ -24,14 +23,15 @@ _library.define(
 )
 _library.define(
     "native_backward(Tensor dy, Tensor? x, Tensor? S, Tensor? P, Tensor weight, Tensor? basis, Tensor? basis_bias, "
-    "Tensor B, Tensor C, Tensor row_subspace, Tensor offsets, Tensor? active, Tensor? trainable, bool need_dx, "
-    "bool need_dB, bool need_dC) -> (Tensor dx, Tensor dB, Tensor dC)"
+    "Tensor B, Tensor C, Tensor row_subspace, Tensor offsets, Tensor? active, Tensor? trainable, bool[] needs) "
+    "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dB, Tensor dC)"
 )
 
 forward = torch.ops.adamss_kernels.native_forward.default
 """Compute `reference.forward`."""
 
-_backward = torch.ops.adamss_kernels.native_backward.default
+backward = torch.ops.adamss_kernels.native_backward.default
+"""Compute `reference.backward`."""
 
 
 def unavailable(device_type: str | None = None, dtype: torch.dtype | None = None) -> str | None:
@@ -41,33 +41,3 @@ def unavailable(device_type: str | None = None, dtype: torch.dtype | None = None
     if dtype is not None and dtype not in _DTYPES:
         return "it takes float32, float64 and bfloat16 only"
     return why_not_loaded()
-
-
-def backward(
-    dy: Tensor,
-    x: Tensor | None,
-    S: Tensor | None,
-    P: Tensor | None,
-    weight: Tensor,
-    basis: Tensor | None,
-    basis_bias: Tensor | None,
-    B: Tensor,
-    C: Tensor,
-    row_subspace: Tensor,
-    offsets: Tensor,
-    active: Tensor | None,
-    trainable: Tensor | None,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Compute `reference.backward`."""
-    need_dx, need_dweight, need_dbias, need_dB, need_dC = needs
-    dx, dB, dC = _backward(
-        dy, x, S, P, weight, basis, basis_bias, B, C, row_subspace, offsets, active, trainable, need_dx, need_dB,
-        need_dC,
-    )  # fmt: skip
-    if need_dweight:
-        assert x is not None
-        dweight = torch.mm(dy.t(), x)
-    else:
-        dweight = dy.new_empty(0)
-    return dx, dweight, dy.sum(0) if need_dbias else dy.new_empty(0), dB, dC

@@ -4,6 +4,7 @@
 // In C++ because a Python function around them costs as much as a small layer's whole update.
 #include <dlfcn.h>
 
+#include <initializer_list>
 #include <new>
 
 #include "interface.h"
@@ -30,10 +31,21 @@ class Inputs {
         return t;
     }
     bool boolean() { return *next_++ & 1; }
+    template <size_t SIZE>
+    void booleans(bool (&out)[SIZE]) {
+        const ListHandle list = reinterpret_cast<ListHandle>(*next_++);
+        int32_t error = 0;
+        for (size_t i = 0; i < SIZE; ++i) {
+            Value item = 0;
+            error |= shim.torch_list_get_item(list, i, &item);
+            out[i] = item & 1;
+        }
+        check(shim.torch_delete_list(list) | error, "list");
+    }
 };
 
-void set_outputs(Value* stack, Tensor& first, Tensor& second, Tensor& third) {
-    for (Tensor* t : {&first, &second, &third}) *stack++ = reinterpret_cast<Value>(t->release());
+void set_outputs(Value* stack, std::initializer_list<Tensor*> outputs) {
+    for (Tensor* t : outputs) *stack++ = reinterpret_cast<Value>(t->release());
 }
 
 Tensor copied(const Tensor& t, int32_t dtype) {
@@ -82,6 +94,15 @@ Tensor projected(const Tensor& x, const Tensor& basis, const Tensor& basis_bias)
     else
         multiply(P, basis_bias, x, A);
     return P;
+}
+
+// sum_m t[m], by a product: sums are as wide as its are.
+Tensor column_sums(const Tensor& t) {
+    const int64_t M = t.size(0), N = t.size(1);
+    Tensor ones = empty(shim.aoti_torch_dtype_float64, 1, M), sums = empty(t.dtype(), 1, N);
+    for (int64_t m = 0; m < M; ++m) static_cast<double*>(ones.data())[m] = 1;
+    multiply(sums, Tensor(), copied(ones, t.dtype()), t);
+    return row(sums);
 }
 
 struct Types {
@@ -158,7 +179,7 @@ void forward(Value* stack, uint64_t, uint64_t) {
                                       layout_of(row_subspace, offsets, active, Tensor())};
     if (lacks_base(adamss_cpu_forward(&args))) multiply(y, y, x, transposed(weight));
     if (!keep_P) P = empty(x.dtype(), 0);
-    set_outputs(stack, y, S, P);
+    set_outputs(stack, {&y, &S, &P});
 }
 
 void backward(Value* stack, uint64_t, uint64_t) {
@@ -167,13 +188,18 @@ void backward(Value* stack, uint64_t, uint64_t) {
            basis = in.optional(), basis_bias = in.optional(), B = in.tensor(), C = in.tensor();
     const Tensor row_subspace = in.tensor(), offsets = in.tensor();
     Tensor active = in.optional(), trainable = in.optional();
-    const bool need_dx = in.boolean(), need_dB = in.boolean(), need_dC = in.boolean();
+    bool needs[5];
+    in.booleans(needs);
+    const auto [need_dx, need_dweight, need_dbias, need_dB, need_dC] = needs;
 
     const Types types(dy);
     const int32_t dtype_B = B.dtype(), dtype_C = C.dtype();
     const int64_t M = dy.size(0), D = weight.size(1), R = B.size(1);
     Tensor dx = need_dx ? empty(dy.dtype(), M, D) : empty(dy.dtype(), 0);
     const Scratch W_updated(dy.dtype(), need_dx && updates_weight(types.dtype, M, weight.size(0)) ? weight.size(0) : 0, D);
+    Tensor dweight = need_dweight ? empty(dy.dtype(), weight.size(0), D) : empty(dy.dtype(), 0);
+    if (need_dweight) multiply(dweight, Tensor(), transposed(dy), x);
+    Tensor dbias = need_dbias ? column_sums(dy) : empty(dy.dtype(), 0);
     Tensor dB = need_dB ? empty(types.arithmetic, B.size(0), R) : empty(types.arithmetic, 0);
     Tensor dC = need_dC ? empty(types.arithmetic, C.size(0), C.size(1)) : empty(types.arithmetic, 0);
     // Without a basis x is what B takes, in the place of P. The address of no rows at all would be null: "no P".
@@ -205,7 +231,7 @@ void backward(Value* stack, uint64_t, uint64_t) {
         multiply(dx, dx, dy, weight);
     if (dtype_B != types.arithmetic) dB = copied(dB, dtype_B);
     if (dtype_C != types.arithmetic) dC = copied(dC, dtype_C);
-    set_outputs(stack, dx, dB, dC);
+    set_outputs(stack, {&dx, &dweight, &dbias, &dB, &dC});
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 // functions in the torch of the process that loads it.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -9,9 +10,10 @@
 
 namespace adamss::torch {
 
-// A tensor, and a value on the stack of an operator: a tensor owned by its reader, a bool, or for an optional a pointer
-// to a value (null for none), owned likewise.
+// A tensor, a list, and a value on the stack of an operator: a tensor or list owned by its reader, a bool, or for an
+// optional a pointer to a value (null for none), owned likewise.
 typedef struct AtenTensorOpaque* Handle;
+typedef struct StableListOpaque* ListHandle;
 typedef uint64_t Value;
 typedef void (*Kernel)(Value* stack, uint64_t inputs, uint64_t outputs);
 
@@ -19,6 +21,8 @@ typedef void (*Kernel)(Value* stack, uint64_t inputs, uint64_t outputs);
 #define ADAMSS_TORCH_FUNCTIONS(F)                                                                               \
     F(aoti_torch_library_init_impl, (const char*, const char* key, const char* file, uint32_t line, void** made)) \
     F(torch_library_impl, (void* library, const char* name, Kernel, uint64_t abi_version))                      \
+    F(torch_list_get_item, (ListHandle, size_t index, Value* item))                                             \
+    F(torch_delete_list, (ListHandle))                                                                          \
     F(aoti_torch_delete_tensor_object, (Handle))                                                                \
     F(aoti_torch_get_data_ptr, (Handle, void**))                                                                \
     F(aoti_torch_get_dim, (Handle, int64_t*))                                                                   \
@@ -138,6 +142,14 @@ inline Tensor transposed(const Tensor& t) {
     const int64_t sizes[] = {t.size(1), t.size(0)}, strides[] = {t.stride(1), t.stride(0)};
     Handle made;
     check(shim.aoti_torch__reinterpret_tensor(t.get(), 2, sizes, strides, 0, &made), "transpose");
+    return Tensor(made);
+}
+
+// A view of a matrix of one row.
+inline Tensor row(const Tensor& t) {
+    const int64_t size = t.size(1), stride = t.stride(1);
+    Handle made;
+    check(shim.aoti_torch__reinterpret_tensor(t.get(), 1, &size, &stride, 0, &made), "row");
     return Tensor(made);
 }
 
