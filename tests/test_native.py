@@ -14,7 +14,7 @@ import torch
 from conftest import make_problem
 from test_gradients import naive, relative_error
 
-from adamss_kernels import adamss_linear
+from adamss_kernels import adamss_linear, native
 from adamss_kernels.native.library import load
 
 ROOT = Path(__file__).parent.parent
@@ -96,6 +96,39 @@ def test_the_number_of_threads_changes_no_bit():
         torch.set_num_threads(threads)
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+def test_the_operators_keep_no_reference_to_what_they_are_given():
+    """Their C++ takes owned handles of every tensor: one that is not given back keeps its memory for ever."""
+    problem = make_problem(M=40, D=12, N=10, R=8, dtype=torch.float32)
+    x, weight, bias, basis, basis_bias, B, C, layout = (
+        t.detach().clone() if isinstance(t, torch.Tensor) else t for t in problem.operands
+    )
+    mask = torch.ones(layout.num_subspaces, dtype=torch.bool)
+    rows = (layout.row_subspace, layout.offsets)
+    given = (x, weight, bias, basis, basis_bias, B, C, *rows, mask)
+
+    def users(t):
+        return torch._C._storage_Use_Count(t.untyped_storage()._cdata)
+
+    before = [users(t) for t in given]
+    for keep in (True, False):
+        y, S, P = native.forward(*given, keep, keep)
+        for saved in ({"x": x, "P": None}, {"x": None, "P": x @ basis.T + basis_bias}):
+            grads = native.backward(
+                torch.ones_like(y), saved["x"], S if keep else None, saved["P"], weight, basis, basis_bias, B, C, *rows,
+                mask, mask, [True, saved["x"] is not None, True, True, keep],
+            )  # fmt: skip
+            assert [users(t) for t in grads] == [2] * 5, "the tensor and the storage that asks"
+        assert [users(t) for t in (y, S, P)] == [2] * 3
+    assert [users(t) for t in given] == before
+
+
+def test_what_the_operators_refuse_reaches_python_and_loses_nothing():
+    problem = make_problem(M=4, D=12, N=10, R=8, dtype=torch.float16)
+    *tensors, layout = problem.operands
+    with pytest.raises(RuntimeError, match="expected float32, float64 or bfloat16"):
+        native.forward(*tensors, layout.row_subspace, layout.offsets, None, True, False)
 
 
 def test_an_instruction_set_is_forced_by_the_environment():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 
@@ -67,6 +67,28 @@ def linear_work(D: int, N: int, M: int, itemsize: int, backward: bool) -> tuple[
     """
     passes = 2 if backward else 1
     return 2 * M * N * D * passes, itemsize * (N * D + M * D + M * N) * passes
+
+
+def update_work(case: Mapping[str, Any], rho: int, entries: int, itemsize: int, backward: bool) -> tuple[int, int]:
+    """Return FLOPs and bytes that an AdaMSS update adds to the bare layer at least: forward, or also backward.
+
+    S and dQ = dS^T x are counted by the cheaper of their two ways, through Q or through P; dx by the cheaper of dS Q
+    and an updated copy of W. x is read once more than by the bare layer, in backward x and dy.
+
+    Args:
+        case: D, N, M and R.
+        rho: Columns of S that are active.
+        entries: Coefficients of C that are active, sum_k n_k r_k.
+        itemsize: Bytes of an element of x.
+        backward: Whether to add the backward.
+    """
+    D, N, M, R = (case[name] for name in ("D", "N", "M", "R"))
+    S, moved = M * min(rho * D, R * (D + rho)), M * D
+    work = S + M * entries
+    if backward:
+        work += S + 2 * M * entries + min(M * rho, entries) * D
+        moved += M * D + M * N + 2 * min(M, N) * D
+    return 2 * work, itemsize * moved
 
 
 def _best_seconds(call: Callable[[], object], device: torch.device) -> float:

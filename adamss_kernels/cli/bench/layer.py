@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...linear import FusedAdaMSSLinear
 from . import providers
-from .bound import linear_work, measure_bound
+from .bound import Bound, linear_work, measure_bound, update_work
 from .measure import Contender, Settings, interleaved, rotation, summary
 from .probe import probe
 from .providers import Provider
@@ -59,6 +60,7 @@ def measure(case: dict[str, Any], names: Sequence[str] | None, settings: Setting
         least = bound.seconds(flops * case["layers"], moved * case["layers"])
         for name, layer in layers.items():
             seconds = results[name]["seconds"]["median"]
+            extra = _least_seconds(built[name].layer, case, bound, direction == FORWARD_BACKWARD)
             yield {
                 "suite": "layer",
                 "case": {"pass": direction, **case},
@@ -69,9 +71,20 @@ def measure(case: dict[str, Any], names: Sequence[str] | None, settings: Setting
                 "flop_per_byte": flops / moved,
                 "bound_share": least / seconds,
                 "linear_bound_share": least / results[BASE]["seconds"]["median"],
+                "least_ratio": 1 + extra / results[BASE]["seconds"]["median"] if extra else None,
                 **probe(layer, next(x), next(dy), direction == FORWARD_BACKWARD),
                 "parameters": sum(p.numel() for p in layer.parameters() if p.requires_grad),
             }
+
+
+def _least_seconds(layer: nn.Module, case: dict[str, Any], bound: Bound, backward: bool) -> float | None:
+    """Return what the work of an AdaMSS update costs at the machine's bound; None for other layers."""
+    if not isinstance(layer, FusedAdaMSSLinear):
+        return None
+    rows = torch.bincount(layer.row_subspace, minlength=layer.layout.num_subspaces)
+    ranks = layer.ranks * layer.active
+    work = update_work(case, int(ranks.sum()), int((rows * ranks).sum()), layer.weight.element_size(), backward)
+    return bound.seconds(*work) * case["layers"]
 
 
 def forward(layer: nn.Module, x: Iterator[Tensor], dy: Iterator[Tensor]) -> Callable[[], object]:
