@@ -112,6 +112,19 @@ def full_table(rows: Rows) -> list[str]:
     return lines
 
 
+def profile_table(rows: Rows) -> list[str]:
+    """Where the time goes, the bare layer beside ours."""
+    lines = []
+    for shape in dict.fromkeys((_shape(r), _dtype(r)) for r in rows):
+        found = {r["provider"]: r["shares"] for r in rows if (_shape(r), _dtype(r)) == shape}
+        words = list(dict.fromkeys(word for share in found.values() for word in share))
+        words.sort(key=lambda word: -max(share.get(word, 0) for share in found.values()))
+        lines += ["", f"**{', '.join(shape)}**, {rows[0]['case']['pass']}", ""]
+        lines += [_cells("of the samples", *map(_title, found)), "|---" + "|---:" * len(found) + "|"]
+        lines += [_cells(word, *(f"{s[word]:.1%}" if word in s else "" for s in found.values())) for word in words]
+    return lines[1:]
+
+
 def methods_table(rows: Rows) -> list[str]:
     """The related methods: parameters, speed and memory, so that one can choose."""
     rows = _of(rows, "methods")
@@ -195,6 +208,7 @@ TABLES: dict[str, tuple[str, str, Callable[[Rows], list[str]]]] = {
     "asa": ("README.md", "asa", asa_table),
     "memory": ("README.md", "memory", memory_table),
     "layer-full": ("docs/benchmarks.md", "layer", full_table),
+    "profile": ("docs/cpu.md", "profile", profile_table),
     "methods": ("docs/benchmarks.md", "methods", methods_table),
     "init": ("docs/benchmarks.md", "init", init_table),
     "exponents": ("docs/benchmarks.md", "scaling", exponent_table),

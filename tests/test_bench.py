@@ -416,3 +416,31 @@ def test_freed_memory_stays_with_the_process_while_it_is_measured():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     kept, faults = map(int, result.stdout.split())
     assert not kept or faults < 100, "32 MiB of fresh memory would be 8192 pages"
+
+
+def test_a_profile_gathers_functions_into_words(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+    import cpu_profile
+
+    report = """
+        40.00% ;libtorch_cpu.so  ;[.] mkl_blas_avx512_sgemm_kernel_0
+        20.00% ;[JIT] tid 31001  ;[.] 0x00007fe7ec142043
+        10.00% ;libadamss_cpu.so ;[.] avx512::for_tiles<avx512::dot_block<float>(long)::{lambda(auto:1, long)#1}>
+         5.00% ;libadamss_cpu.so ;[.] avx512::dot_block<float>
+         4.00% ;libadamss_cpu.so ;[.] avx512::outer_tile<float, 5, 4>
+         9.00% ;libgomp.so.1     ;[.] 0x000000000001de62
+         7.00% ;libtorch_cpu.so  ;[.] at::native::vectorized_loop<float>
+         3.00% ;libpython3.11.so ;[.] _PyEval_EvalFrameDefault
+         2.00% ;[kernel.kallsyms];[k] clear_page_erms
+    """
+    assert cpu_profile.shares(report.splitlines()) == pytest.approx(
+        {
+            "base product": 0.60,
+            "native: dot_block": 0.15,
+            "waiting for the other thread": 0.09,
+            "other PyTorch kernels": 0.07,
+            "native: outer_tile": 0.04,
+            "Python and PyTorch around the kernels": 0.03,
+            "operating system": 0.02,
+        }
+    )
