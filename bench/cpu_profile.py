@@ -46,6 +46,7 @@ _WORDS = [
 def word(shared_object: str, symbol: str) -> str:
     """Return what a function of a shared object counts as; a function of ours by its own name."""
     # Work handed to a loop counts as what handed it over; template arguments, parameters and lambdas do not matter.
+    symbol = symbol.replace("(anonymous namespace)::", "")
     plain = re.sub(r"^.*?(?:for_tiles|parallel_blocks)<", "", symbol).split("::{lambda")[0].split("(")[0]
     while plain != (plain := re.sub(r"<[^<>]*>", "", plain)):
         pass
