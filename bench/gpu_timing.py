@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from adamss_kernels.cli.bench.measure import captured
+
 # Dense bf16 FLOP/s and bytes/s that a large product, and a large copy, were seen to reach; not the data sheet's.
 PEAKS = {"NVIDIA H200": (790e12, 4.3e12)}
 
@@ -49,26 +51,13 @@ def _timer(call: Callable[[], object], device: torch.device, graph: bool) -> Cal
     if device.type != "cuda":
         call()
         return lambda: _wall(call)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            call()
-        # Before torch 2.12 a capture that fails takes every later one of the process with it, so none may.
-        torch.cuda.set_sync_debug_mode("error" if graph else "default")
-        try:
-            call()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    if not graph:
-        repeats = max(1, min(10, round(0.02 / _events(call))))
-        return lambda: _events(lambda: [call() for _ in range(repeats)]) / repeats
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
+    if graph:
+        replay = captured(call)
+        return lambda: _events(replay, before=_scratch(device).zero_)
+    for _ in range(3):
         call()
-    return lambda: _events(captured.replay, before=_scratch(device).zero_)
+    repeats = max(1, min(10, round(0.02 / _events(call))))
+    return lambda: _events(lambda: [call() for _ in range(repeats)]) / repeats
 
 
 @functools.cache
