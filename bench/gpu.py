@@ -51,10 +51,12 @@ def build(device: torch.device, budget: float, save: Save) -> dict[str, Any]:
 def tests(device: torch.device, budget: float, save: Save) -> dict[str, Any]:
     """The GPU tests, every backend by name, on data drawn afresh; the other tests need no GPU, or a built library."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", "-rfEs", "--tb=short"]
+    variables = {"ADAMSS_TEST_DEVICE": device.type}
     if device.type == "cuda" and importlib.util.find_spec("xdist"):
         # What takes long is the CPU's: hundreds of compilations.
         command += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]
-    status, said = _run([*command, "tests/test_gpu.py"], device, budget, ADAMSS_TEST_DEVICE=device.type)
+        variables["OMP_NUM_THREADS"] = "2"
+    status, said = _run([*command, "tests/test_gpu.py"], device, budget, **variables)
     lines = said.strip().splitlines()
     last = lines[-1] if lines else ""
     counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|error)", last)}
@@ -239,20 +241,26 @@ def main() -> int:
 
     records: list[dict[str, Any]] = []
     end = time.monotonic() + TOTAL
-    for stage in args.stage:
-        left = end - GRACE - time.monotonic() if args.device == "cuda" else BUDGETS[stage]
+    for index, stage in enumerate(args.stage):
+        left = end - GRACE - time.monotonic() if args.device == "cuda" else TOTAL
+        budget = args.seconds or share(stage, args.stage[index + 1 :], left)
         path = out / f"{stage}.json"
         path.unlink(missing_ok=True)
-        if left < 5:
+        if budget < 5:
             records.append({"stage": stage, "environment": {}, "seconds": 0, "skipped": "no time left"})
         else:
-            records.append(_stage(stage, device, args.seconds or min(BUDGETS[stage], left), out))
+            records.append(_stage(stage, device, budget, out))
         path.write_text(json.dumps(records[-1], indent=1) + "\n")
         said = records[-1].get("error") or records[-1].get("skipped") or "done"
         print(f"{stage}: {said[:2000]} ({records[-1]['seconds']:.0f} s)", flush=True)
         (out / "summary.md").write_text(_summary(records))
     print(f"wrote {out}")
     return int(any("error" in record for record in records))
+
+
+def share(stage: str, later: list[str], left: float) -> float:
+    """Return a stage's part of the seconds that are left: what those after it do not need, up to twice its budget."""
+    return min(2 * BUDGETS[stage], left - sum(BUDGETS[name] for name in later))
 
 
 def _stage(stage: str, device: torch.device, budget: float, out: Path) -> dict[str, Any]:

@@ -56,6 +56,16 @@ def test_stages_end_within_ten_minutes(bench):
     gpu = bench("gpu")
     assert list(gpu.BUDGETS) == list(gpu.STAGES)
     assert sum(gpu.BUDGETS.values()) + gpu.GRACE <= gpu.TOTAL < 590
+    left, stages = gpu.TOTAL - gpu.GRACE, list(gpu.STAGES)
+    for index, stage in enumerate(stages):
+        budget = gpu.share(stage, stages[index + 1 :], left)
+        assert budget >= gpu.BUDGETS[stage] - (index > 0) * gpu.GRACE
+        # The worst: each stage hangs, until it is killed.
+        left -= budget + gpu.GRACE if budget >= 5 else 0
+    assert left + gpu.GRACE >= 0
+    # What a stage did not need goes to the next one.
+    assert gpu.share("tests", stages[2:], gpu.TOTAL - gpu.GRACE) == gpu.BUDGETS["build"] + gpu.BUDGETS["tests"]
+    assert gpu.share("asa", [], 1000) == 2 * gpu.BUDGETS["asa"]
 
 
 def test_a_command_that_is_stopped_leaves_no_process_behind(bench, tmp_path):
