@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -44,12 +45,38 @@ def frozen_projection(
     held = _projections.get(B)
     if held is not None and held.state == state and all(map(operator.is_, held.frozen, frozen)):
         return held.Q, held.q
-    with torch.inference_mode(False):  # or the next version could not be written over it
-        Q, q = project(basis, basis_bias, B, offsets, active, dtype)
-    if B.is_cuda and torch.cuda.is_current_stream_capturing():
-        # Memory of the graph's pool holds a value only once the graph has run.
-        return Q, q
+    if B.is_cuda:
+        if torch.cuda.is_current_stream_capturing():
+            # Memory of the graph's pool holds a value only once the graph has run.
+            return project(basis, basis_bias, B, offsets, active, dtype)
+        Q, q = _in_own_memory(project, basis, basis_bias, B, offsets, active, dtype)
+    else:
+        with torch.inference_mode(False):  # or the next version could not be written over it
+            Q, q = project(basis, basis_bias, B, offsets, active, dtype)
     if held is not None and (held.Q.dtype, held.Q.device, held.q is None) == (dtype, B.device, q is None):
         Q, q = held.Q.copy_(Q), None if q is None else held.q.copy_(q)
     _projections[B] = _Projection(state, frozen, Q, q)
     return Q, q
+
+
+def _in_own_memory(
+    project: Callable[..., tuple[Tensor, Tensor | None]],
+    basis: Tensor,
+    basis_bias: Tensor | None,
+    B: Tensor,
+    *rest: object,
+) -> tuple[Tensor, Tensor | None]:
+    """Call `project` in a thread of its own: what may be kept must not lie in a CUDA graph's memory.
+
+    While torch.compile warms up for CUDA graphs (mode="reduce-overhead"), what its thread allocates comes from their
+    pool, and an error says that something there has outlived the call. A new thread has neither that pool nor
+    inference mode.
+    """
+    stream = torch.cuda.current_stream(B.device)
+
+    def run() -> tuple[Tensor, Tensor | None]:
+        with torch.cuda.stream(stream):
+            return project(basis, basis_bias, B, *rest)
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(run).result()
