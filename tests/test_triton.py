@@ -273,3 +273,8 @@ def test_a_pool_that_breaks_leaves_all_candidates(capsys):
     case = ("odd", (1, 1, 1), torch.float32, torch.device("cpu"))
     assert tune._compile_ahead(case, tried, 0, Broken()) == tried
     assert "a process died" in capsys.readouterr().out
+
+
+def test_no_two_candidates_differ_in_what_their_kernel_has_not():
+    for kernel in ("linear_from_s", "linear_dx", "delta_fwd"):
+        assert {config.split for config in tune.candidates(kernel, torch.bfloat16, "decode", "cuda")} == {1}

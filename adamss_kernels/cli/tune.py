@@ -103,7 +103,8 @@ def candidates(kernel: str, dtype: torch.dtype, shape: str, device_type: str) ->
     depths: tuple[int, ...] = (32, 64) if products or kernel == "project" else (16,)
     splits: tuple[int, ...] = (1,) if products or kernel == "delta_fwd" else (0, 1, 8)
     if shape == "decode":
-        rows, depths, splits = (16,), tuple(4 * d for d in depths), (0, 1, 2, 4)
+        rows, depths = (16,), tuple(4 * d for d in depths)
+        splits = (0, 1, 2, 4) if kernel == "linear_fwd" or len(splits) > 1 else (1,)
     elif products:
         cols = (64, 128) if dtype == torch.float32 else (128, 256)
     for r, c, d, split, warps, stages in itertools.product(rows, cols, depths, splits, (4, 8), (2, 3, 4)):
