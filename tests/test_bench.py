@@ -15,7 +15,7 @@ import torch
 
 from adamss_kernels import ops, reference
 from adamss_kernels.cli import main
-from adamss_kernels.cli.bench import bound, layer, measure, methods, plots, results, scaling
+from adamss_kernels.cli.bench import bound, layer, measure, methods, plots, providers, results, scaling
 from adamss_kernels.cli.bench.bound import Bound
 from adamss_kernels.cli.bench.compare import changes
 from adamss_kernels.cli.bench.measure import Contender, Settings, interleaved, pinned, rotation, summary
@@ -416,3 +416,9 @@ def test_freed_memory_stays_with_the_process_while_it_is_measured():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     kept, faults = map(int, result.stdout.split())
     assert not kept or faults < 100, "32 MiB of fresh memory would be 8192 pages"
+
+
+def test_a_cuda_graph_holds_no_provider_that_copies_from_the_host():
+    known = providers.defaults(torch.device("cpu"), torch.float32)
+    kept = providers.defaults(torch.device("cpu"), torch.float32, graph=True)
+    assert sorted(set(known) - set(kept)) == ["peft-adamss", "peft-adamss-compiled"]
