@@ -62,7 +62,10 @@ def tests(device: torch.device, budget: float, save: Save) -> dict[str, Any]:
     counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|error)", last)}
     result: dict[str, Any] = {"rows": [counts], "output": lines}
     if status:
-        result["error"] = f"pytest ended with status {status}"
+        # In pytest's summary, or where it was stopped before that, as they came.
+        failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+        failed = failed or [line for line in lines if "FAILED" in line or "ERROR" in line]
+        result["error"] = "\n".join([f"pytest ended with status {status}", *failed])
     return result
 
 
@@ -162,7 +165,7 @@ def _run(command: list[str], device: torch.device, limit: float, **variables: st
         limit *= 10
     # A group of its own, so that what the command has started ends with it and does not keep the GPU busy; a file,
     # since whoever holds a pipe open keeps its reader waiting.
-    with tempfile.TemporaryFile("w+") as said:
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
         process = subprocess.Popen(
             command, cwd=ROOT, env=os.environ | variables, stdout=said, stderr=said, preexec_fn=os.setpgrp
         )

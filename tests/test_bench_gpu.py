@@ -93,6 +93,18 @@ def test_a_stage_that_is_killed_keeps_what_it_had_saved(bench, tmp_path, monkeyp
     assert record["error"] == "ended with status 124: stopped"
 
 
+def test_failing_tests_are_named(bench, monkeypatch):
+    gpu = bench("gpu")
+    for said in (
+        "[gw1] [ 50%] FAILED tests/test_gpu.py::test_a\nFAILED tests/test_gpu.py::test_a - no\n= 1 failed, 2 passed =",
+        "[gw1] [ 50%] FAILED tests/test_gpu.py::test_a\n\nstopped after 140 s",
+    ):
+        monkeypatch.setattr(gpu, "_run", lambda *_, said=said, **__: (1, said))
+        result = gpu.tests(torch.device("cpu"), 1, lambda _: None)
+        assert result["error"].count("test_a") == 1
+        assert result["rows"] == [{"failed": 1, "passed": 2} if "passed" in said else {}]
+
+
 def test_what_tune_found_reaches_the_stages_after_it(bench, tmp_path):
     gpu, path = bench("gpu"), tmp_path / "tune.json"
     with gpu._tuned(path) as variables:
