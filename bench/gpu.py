@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import importlib.util
 import itertools
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,78 +24,110 @@ import torch
 from gpu_timing import interleaved, markdown
 
 from adamss_kernels import ops
+from adamss_kernels.atomic import replace_file
 from adamss_kernels.cli.bench.results import environment
 
 ROOT = Path(__file__).parents[1]
-# Seconds that a stage may start new work for; the sum stays below ten minutes.
-BUDGETS = {"build": 30, "tests": 120, "sanitize": 90, "tune": 120, "grid": 120, "step": 120, "asa": 20}
+# In the order in which they run: seconds that a stage may start new work for. GRACE later it is killed.
+BUDGETS = {"build": 45, "tests": 140, "tune": 80, "grid": 110, "step": 90, "asa": 15, "sanitize": 70}
+GRACE = 20
+# All stages together end before this: below ten minutes, whatever hangs.
+TOTAL = 570
+
+Save = Callable[[dict[str, Any]], None]
+"""Keeps what a stage has so far, for the case that it does not live to return it."""
 
 
-def build(device: torch.device, budget: float, out: Path) -> dict[str, Any]:
+def build(device: torch.device, budget: float, save: Save) -> dict[str, Any]:
     """The CUDA library, into the user's cache, from where the stages that follow take it; a dry run runs no nvcc."""
     command = [sys.executable, "-m", "adamss_kernels", "build-cuda"]
-    done = _run([*command, *(["--dry-run"] if device.type == "cpu" else [])], device, budget)
-    result: dict[str, Any] = {"rows": [{"status": done.returncode, "said": done.stdout.strip().replace("\n", " ")}]}
+    status, said = _run([*command, *(["--dry-run"] if device.type == "cpu" else [])], device, budget)
+    said = said.strip()
+    result: dict[str, Any] = {"rows": [{"status": status, "said": said.replace("\n", " ")}]}
     # Triton's figures need no nvcc.
-    return result | ({"skipped": "backend cuda: " + done.stdout.strip()} if done.returncode else {})
+    return result | ({"skipped": f"backend cuda: {said}"} if status else {})
 
 
-def tests(device: torch.device, budget: float, out: Path) -> dict[str, Any]:
+def tests(device: torch.device, budget: float, save: Save) -> dict[str, Any]:
     """The GPU tests, every backend by name, on data drawn afresh; the other tests need no GPU, or a built library."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-rs", "tests/test_gpu.py"]
-    done = _run(command, device, budget, ADAMSS_TEST_DEVICE=device.type)
-    tail = done.stdout.strip().splitlines()[-30:]
-    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|error)", tail[-1] if tail else "")}
-    result: dict[str, Any] = {"rows": [counts], "output": tail}
-    if done.returncode:
-        result["error"] = f"pytest ended with status {done.returncode}"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", "-rfEs", "--tb=short"]
+    variables = {"ADAMSS_TEST_DEVICE": device.type}
+    if device.type == "cuda" and importlib.util.find_spec("xdist"):
+        # What takes long is the CPU's: hundreds of compilations.
+        command += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]
+        variables["OMP_NUM_THREADS"] = "2"
+    status, said = _run([*command, "tests/test_gpu.py"], device, budget, **variables)
+    lines = said.strip().splitlines()
+    last = lines[-1] if lines else ""
+    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|error)", last)}
+    result: dict[str, Any] = {"rows": [counts], "output": lines}
+    if status:
+        # In pytest's summary, or where it was stopped before that, as they came.
+        failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+        failed = failed or [line for line in lines if "FAILED" in line or "ERROR" in line]
+        result["error"] = "\n".join([f"pytest ended with status {status}", *failed])
     return result
 
 
-def sanitize(device: torch.device, budget: float, out: Path) -> dict[str, Any]:
+def sanitize(device: torch.device, budget: float, save: Save) -> dict[str, Any]:
     """The kernels on small shapes under compute-sanitizer: memory errors, then races in shared memory."""
-    rows, errors = [], []
+    deadline = time.monotonic() + budget
+    rows: list[dict[str, Any]] = []
+    result: dict[str, Any] = {"rows": rows}
     program = [sys.executable, str(ROOT / "bench" / "small_shapes.py"), "--device", device.type]
     tool = shutil.which("compute-sanitizer")
-    for backend, check in itertools.product(("triton", "cuda"), ("memcheck", "racecheck")):
+    for backend, check in itertools.product(("cuda", "triton"), ("memcheck", "racecheck")):
         reason = ops.implementation(backend).unavailable(device.type, torch.float32)
-        if reason is not None:
-            rows.append({"backend": backend, "check": check, "status": f"not run: {reason}"})
+        left = deadline - time.monotonic()
+        if reason is not None or left < 5:
+            rows.append({"backend": backend, "check": check, "status": f"not run: {reason or 'no time left'}"})
             continue
-        prefix = [tool, "--tool", check, "--error-exitcode", "3"] if tool and device.type == "cuda" else []
+        prefix = sanitizer(tool, backend, check) if tool and device.type == "cuda" else []
         # Without torch's caching allocator, an access past the end of a tensor is one past the end of an allocation.
         variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        done = _run([*prefix, *program, "--backend", backend], device, budget / 4, **variables)
-        said = check if prefix else f"{check}: run without the sanitizer"
-        rows.append({"backend": backend, "check": said, "status": done.returncode})
-        if done.returncode:
-            errors.append(f"{backend}, {check}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return {"rows": rows, **({"error": "\n".join(errors)} if errors else {})}
+        status, said = _run([*prefix, *program, "--backend", backend], device, left, **variables)
+        rows.append(
+            {"backend": backend, "check": check if prefix else f"{check}: run without the sanitizer", "status": status}
+        )
+        if status:
+            result["error"] = f"{result.get('error', '')}{backend}, {check}: {said[:2000]} ... {said[-2000:]}\n"
+        save(result)
+    return result
 
 
-def tune(device: torch.device, budget: float, out: Path) -> dict[str, Any]:
-    """The tuning sweep; its file lies beside the results and is used by the stages that follow."""
-    path = out / "tuning.json"
-    command = [sys.executable, "-m", "adamss_kernels", "tune", "--device", device.type, "--seconds", str(budget * 0.8)]
+def sanitizer(tool: str, backend: str, check: str) -> list[str]:
+    """Return the command before the one that is checked."""
+    # cuBLAS is not ours to check, and takes longest; torch asks the driver for much that it does not have.
+    ours = "kns=adamss" if backend == "cuda" else "kns=_kernel"
+    return [tool, "--tool", check, "--error-exitcode", "3", "--report-api-errors", "no", "--kernel-regex", ours]
+
+
+def tune(device: torch.device, budget: float, save: Save) -> dict[str, Any]:
+    """The tuning sweep; the stages that follow use what it found."""
     dtype, shapes = ("bfloat16", []) if device.type == "cuda" else ("float32", ["--shape", "decode"])
-    done = _run([*command, "--dtype", dtype, *shapes, "--out", str(path)], device, 3 * budget)
-    result: dict[str, Any] = {"output": done.stdout.strip().splitlines()}
-    if done.returncode:
-        return result | {"error": done.stderr[-2000:] or f"status {done.returncode}"}
-    return result | {"tuning": json.loads(path.read_text())}
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch, "tuning.json")
+        command = [sys.executable, "-m", "adamss_kernels", "tune", "--device", device.type, "--out", str(path)]
+        command += ["--seconds", str(budget * 0.8), "--dtype", dtype, *shapes]
+        status, said = _run(command, device, budget)
+        result: dict[str, Any] = {"output": said.strip().splitlines()}
+        if status:
+            result["error"] = f"ended with status {status}: {said[-2000:]}"
+        # It is written after each shape class.
+        return result | ({"tuning": json.loads(path.read_text())} if path.exists() else {})
 
 
-def grid(device: torch.device, budget: float, out: Path) -> dict[str, Any]:
+def grid(device: torch.device, budget: float, save: Save) -> dict[str, Any]:
     """One layer against the bare frozen linear, PEFT's AdaMSS and LoRA."""
-    return importlib.import_module("grid").run(device, budget)
+    return importlib.import_module("grid").run(device, budget, save)
 
 
-def step(device: torch.device, budget: float, out: Path) -> dict[str, Any]:
+def step(device: torch.device, budget: float, save: Save) -> dict[str, Any]:
     """A training step of a 3B-Llama-shaped model."""
-    return importlib.import_module("llama_step").run(device, budget)
+    return importlib.import_module("llama_step").run(device, budget, save)
 
 
-def asa(device: torch.device, budget: float, out: Path) -> dict[str, Any]:
+def asa(device: torch.device, budget: float, save: Save) -> dict[str, Any]:
     """An importance update and a pruning event over 48 layers."""
     import adamss_kernels
 
@@ -114,33 +150,60 @@ def asa(device: torch.device, budget: float, out: Path) -> dict[str, Any]:
     return {"rows": [{"step": name, "layers": layers, "seconds": value} for name, value in times.items()]}
 
 
-STAGES: dict[str, Callable[[torch.device, float, Path], dict[str, Any]]] = {
-    stage.__name__: stage for stage in (build, tests, sanitize, tune, grid, step, asa)
+STAGES: dict[str, Callable[[torch.device, float, Save], dict[str, Any]]] = {
+    stage.__name__: stage for stage in (build, tests, tune, grid, step, asa, sanitize)
 }
 
 
-def _run(command: list[str], device: torch.device, limit: float, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run a command from the source tree; on the CPU the Triton kernels go through the interpreter."""
+def _run(command: list[str], device: torch.device, limit: float, **variables: str) -> tuple[int, str]:
+    """Run a command from the source tree; return its status, 124 where it was stopped, and all that it said by then.
+
+    On the CPU the Triton kernels go through the interpreter, and nobody is in a hurry.
+    """
     if device.type == "cpu":
         variables["TRITON_INTERPRET"] = "1"
-    try:
-        return subprocess.run(
-            command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, timeout=5 * limit
+        limit *= 10
+    # A group of its own, so that what the command has started ends with it and does not keep the GPU busy; a file,
+    # since whoever holds a pipe open keeps its reader waiting.
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | variables, stdout=said, stderr=said, preexec_fn=os.setpgrp
         )
-    except subprocess.TimeoutExpired as error:
-        return subprocess.CompletedProcess(command, 124, "", f"still running after {error.timeout} s")
+        try:
+            status = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            status = 124
+        finally:
+            _stop(process)
+        said.seek(0)
+        return status, said.read() + f"\nstopped after {limit:.0f} s" * (status == 124)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the process and its group: first so that it can stop those that it started itself, then at once."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(3)
 
 
 def _child(stage: str, device: torch.device, budget: float, out: Path) -> int:
-    """Run one stage in this process and write its JSON."""
-    start = time.perf_counter()
+    """Run one stage in this process and write its JSON, as far as it has come each time that it saves."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(124))
+    start, about = time.perf_counter(), environment(device)
+
+    def save(result: dict[str, Any]) -> None:
+        record = {"stage": stage, "environment": about, "seconds": time.perf_counter() - start, **result}
+        text = json.dumps(record, indent=1) + "\n"
+        replace_file(out / f"{stage}.json", lambda scratch: scratch.write_text(text))
+
     try:
-        result = STAGES[stage](device, budget, out)
+        result = STAGES[stage](device, budget, save)
     except Exception as error:  # a stage that fails must not take the others with it
         result = {"error": f"{type(error).__name__}: {error}"}
-    record = {"stage": stage, "environment": environment(device), "seconds": time.perf_counter() - start, **result}
-    (out / f"{stage}.json").write_text(json.dumps(record, indent=1) + "\n")
-    return int("error" in record)
+    save(result)
+    return int("error" in result)
 
 
 def _summary(records: list[dict[str, Any]]) -> str:
@@ -179,27 +242,56 @@ def main() -> int:
     if args.in_this_process:
         return _child(args.stage[0], device, args.seconds, out)
 
-    records = []
-    for stage in args.stage:
-        budget = args.seconds or BUDGETS[stage]
-        (out / f"{stage}.json").unlink(missing_ok=True)
-        command = [sys.executable, __file__, "--stage", stage, "--device", args.device, "--out", str(out)]
-        tuned = {"ADAMSS_TUNING": str(out / "tuning.json")} if (out / "tuning.json").exists() else {}
-        done = _run([*command, "--seconds", str(budget), "--in-this-process"], device, budget, **tuned)
+    records: list[dict[str, Any]] = []
+    end = time.monotonic() + TOTAL
+    for index, stage in enumerate(args.stage):
+        left = end - GRACE - time.monotonic() if args.device == "cuda" else TOTAL
+        budget = args.seconds or share(stage, args.stage[index + 1 :], left)
         path = out / f"{stage}.json"
-        if not path.exists():
-            message = f"ended with status {done.returncode}: {done.stderr[-2000:]}"
-            record = {"stage": stage, "environment": environment(device), "seconds": budget, "error": message}
+        path.unlink(missing_ok=True)
+        if budget < 5:
+            records.append({"stage": stage, "environment": {}, "seconds": 0, "skipped": "no time left"})
         else:
-            record = json.loads(path.read_text())
-        record["environment"]["command"] = ["bench/gpu.py", *sys.argv[1:]]
-        path.write_text(json.dumps(record, indent=1) + "\n")
-        records.append(record)
+            records.append(_stage(stage, device, budget, out))
+        path.write_text(json.dumps(records[-1], indent=1) + "\n")
         said = records[-1].get("error") or records[-1].get("skipped") or "done"
-        print(f"{stage}: {said} ({records[-1]['seconds']:.0f} s)", flush=True)
-    (out / "summary.md").write_text(_summary(records))
+        print(f"{stage}: {said[:2000]} ({records[-1]['seconds']:.0f} s)", flush=True)
+        (out / "summary.md").write_text(_summary(records))
     print(f"wrote {out}")
     return int(any("error" in record for record in records))
+
+
+def share(stage: str, later: list[str], left: float) -> float:
+    """Return a stage's part of the seconds that are left: what those after it do not need, up to twice its budget."""
+    return min(2 * BUDGETS[stage], left - sum(BUDGETS[name] for name in later))
+
+
+def _stage(stage: str, device: torch.device, budget: float, out: Path) -> dict[str, Any]:
+    """Run a stage in a process of its own and return its record, or as much of it as there is."""
+    command = [sys.executable, __file__, "--stage", stage, "--device", device.type, "--out", str(out)]
+    start = time.monotonic()
+    with _tuned(out / "tune.json") as tuned:
+        status, said = _run([*command, "--seconds", str(budget), "--in-this-process"], device, budget + GRACE, **tuned)
+    path = out / f"{stage}.json"
+    record = {"stage": stage, "environment": environment(device), "seconds": time.monotonic() - start}
+    record |= json.loads(path.read_text()) if path.exists() else {}
+    if status and "error" not in record:
+        record["error"] = f"ended with status {status}: {said[-2000:]}"
+    record["environment"]["command"] = ["bench/gpu.py", *sys.argv[1:]]
+    return record
+
+
+@contextlib.contextmanager
+def _tuned(path: Path) -> Iterator[dict[str, str]]:
+    """Make a file of the tables in the record of stage `tune`, if there is one; yield what names it to a process."""
+    tables = json.loads(path.read_text()).get("tuning") if path.exists() else None
+    if not tables:
+        yield {}
+        return
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(tables, file)
+        file.flush()
+        yield {"ADAMSS_TUNING": file.name}
 
 
 if __name__ == "__main__":

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+
+from adamss_kernels.cli.bench.measure import captured
 
 # Dense bf16 FLOP/s and bytes/s that a large product, and a large copy, were seen to reach; not the data sheet's.
 PEAKS = {"NVIDIA H200": (790e12, 4.3e12)}
@@ -27,7 +30,7 @@ def interleaved(
     """Return the median seconds of each call, taken in turns; a call that fails is answered by its error.
 
     Eager, a time is that of back-to-back calls, Python included. With `graph` it is the GPU's, of one replay of a CUDA
-    graph, after the L2 cache has been overwritten.
+    graph, after the L2 cache has been overwritten; a call that synchronises is answered by PyTorch's complaint.
     """
     results: dict[str, float | str] = {}
     timers = {}
@@ -48,20 +51,19 @@ def _timer(call: Callable[[], object], device: torch.device, graph: bool) -> Cal
     if device.type != "cuda":
         call()
         return lambda: _wall(call)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    if not graph:
-        return lambda: _events(lambda: [call() for _ in range(10)]) / 10
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
+    if graph:
+        replay = captured(call)
+        return lambda: _events(replay, before=_scratch(device).zero_)
+    for _ in range(3):
         call()
-    scratch = torch.empty(256 << 20, dtype=torch.uint8, device=device)
-    return lambda: _events(captured.replay, before=scratch.zero_)
+    repeats = max(1, min(10, round(0.02 / _events(call))))
+    return lambda: _events(lambda: [call() for _ in range(repeats)]) / repeats
+
+
+@functools.cache
+def _scratch(device: torch.device) -> torch.Tensor:
+    """Return memory larger than any L2 cache."""
+    return torch.empty(256 << 20, dtype=torch.uint8, device=device)
 
 
 def _wall(call: Callable[[], object]) -> float:

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from adamss_kernels import AdaMSSConfig, FusedAdaMSSLinear, available_backends
 
+# Widths and numbers of tokens, those first that matter most: time may end before the last.
 GRID = {
-    "cuda": ([(768, 768), (1024, 1024), (4096, 4096), (4096, 14336)], [1, 16, 256, 4096, 16384]),
-    "cpu": ([(32, 48)], [1, 20]),
+    "cuda": ([(4096, 4096), (768, 768), (1024, 1024), (4096, 14336)], [4096, 16, 16384, 1, 256]),
+    "cpu": ([(32, 48)], [20, 1]),
 }
+COMPILED_TOKENS = {"cuda": 4096, "cpu": 20}
 OPTIONS = {"r": 100, "num_subspaces": 10, "subspace_rank": 3}
 
 
@@ -31,48 +33,74 @@ def contenders(D: int, N: int, device: torch.device, dtype: torch.dtype) -> dict
             nn.init.normal_(layer.C, std=0.02)
             layers[f"adamss {name}"] = layer
     try:
-        from peft import AdamssConfig, LoraConfig, get_peft_model
+        import peft
     except ImportError:
         return layers
-    for name, config in {
-        "peft adamss": AdamssConfig(**options, target_modules=["proj"]),
-        "peft lora r=8": LoraConfig(r=8, target_modules=["proj"]),
-        "peft lora r=32": LoraConfig(r=32, target_modules=["proj"]),
-    }.items():
+    # Releases before 0.19 have no AdaMSS.
+    adamss = {"peft adamss": ("AdamssConfig", options)} if hasattr(peft, "AdamssConfig") else {}
+    lora = {f"peft lora r={r}": ("LoraConfig", {"r": r}) for r in (8, 32)}
+    for name, (config, values) in (adamss | lora).items():
         model = nn.Module()
         model.proj = nn.Linear(D, N, device=device, dtype=dtype)
         model.proj.load_state_dict(linear.state_dict())
-        layers[name] = get_peft_model(model, config).base_model.model.proj
-    layers["peft adamss compiled"] = torch.compile(layers["peft adamss"], dynamic=False)
+        adapted = peft.get_peft_model(model, getattr(peft, config)(**values, target_modules=["proj"]))
+        layers[name] = adapted.base_model.model.proj
     return layers
 
 
-def run(device: torch.device, budget: float) -> dict[str, Any]:
-    """Time forward without gradients, and forward and backward, eager and in a CUDA graph, until `budget` seconds."""
+def run(device: torch.device, budget: float, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Time forward without gradients, and forward and backward, eager and in a CUDA graph, until `budget` seconds.
+
+    `save` gets what there is after each size. PEFT's AdaMSS under torch.compile, which takes longest to set up, comes
+    last, on `COMPILED_TOKENS`.
+    """
     deadline = time.monotonic() + budget
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     widths, tokens = GRID[device.type]
-    bound = peaks(device)
+    sizes = [(*width, M, False) for M in tokens for width in widths]
+    sizes += [(*width, COMPILED_TOKENS[device.type], True) for width in widths]
+    built: dict[tuple[int, int], dict[str, nn.Module]] = {}
+    result: dict[str, Any] = {"rows": [], "skipped for time": []}
+    for D, N, M, is_compiled in sizes:
+        if time.monotonic() > deadline:
+            result["skipped for time"].append(f"D={D} N={N} M={M}" + " compiled" * is_compiled)
+            continue
+        try:
+            if (D, N) not in built:
+                built[D, N] = contenders(D, N, device, dtype)
+            layers = built[D, N]
+            if is_compiled:
+                if "peft adamss" not in layers:
+                    continue
+                # Otherwise the third width runs into dynamo's recompilation limit and goes eager.
+                torch._dynamo.reset()
+                compiled = torch.compile(layers["peft adamss"], dynamic=False)
+                layers = {"linear": layers["linear"], "peft adamss compiled": compiled}
+            result["rows"] += _size(layers, (D, N, M), device, dtype)
+        except Exception as error:  # the other sizes may still run
+            result["error"] = f"{result.get('error', '')}D={D} N={N} M={M}: {type(error).__name__}: {error}\n"
+        save(result)
+    return result
+
+
+def _size(
+    layers: dict[str, nn.Module], size: tuple[int, int, int], device: torch.device, dtype: torch.dtype
+) -> list[dict[str, Any]]:
+    """Return the rows of one size."""
+    D, N, M = size
+    trained = [p for layer in layers.values() for p in layer.parameters() if p.requires_grad]
+    x = torch.randn(M, D, device=device, dtype=dtype)
+    dy = torch.randn(M, N, device=device, dtype=dtype)
     rows: list[dict[str, Any]] = []
-    skipped: list[str] = []
-    for D, N in widths:
-        layers = contenders(D, N, device, dtype)
-        trained = [p for layer in layers.values() for p in layer.parameters() if p.requires_grad]
-        for M in tokens:
-            if time.monotonic() > deadline:
-                skipped.append(f"D={D} N={N} M={M}")
-                continue
-            x = torch.randn(M, D, device=device, dtype=dtype)
-            dy = torch.randn(M, N, device=device, dtype=dtype)
-            for backward in (False, True):
-                # Serving: nothing of an adapter is trained, so what follows from B alone is computed once.
-                for p in trained:
-                    p.requires_grad_(backward)
-                calls = {name: _call(layer, x, dy, backward) for name, layer in layers.items()}
-                for graph in (False, True) if device.type == "cuda" else (False,):
-                    times = interleaved(calls, device, rounds=20 if device.type == "cuda" else 2, graph=graph)
-                    rows += _rows(times, (D, N, M), backward, graph, dtype, bound)
-    return {"rows": rows, "skipped for time": skipped}
+    for backward in (False, True):
+        # Serving: nothing of an adapter is trained, so what follows from B alone is computed once.
+        for p in trained:
+            p.requires_grad_(backward)
+        calls = {name: _call(layer, x, dy, backward) for name, layer in layers.items()}
+        for graph in (False, True) if device.type == "cuda" else (False,):
+            times = interleaved(calls, device, rounds=20 if device.type == "cuda" else 2, graph=graph)
+            rows += _rows(times, size, backward, graph, dtype, peaks(device))
+    return rows
 
 
 def _call(layer: nn.Module, x: Tensor, dy: Tensor, backward: bool) -> Callable[[], object]:

@@ -15,7 +15,7 @@ import torch
 
 from adamss_kernels import ops, reference
 from adamss_kernels.cli import main
-from adamss_kernels.cli.bench import bound, layer, measure, methods, plots, results, scaling
+from adamss_kernels.cli.bench import bound, layer, measure, methods, plots, providers, results, scaling
 from adamss_kernels.cli.bench.bound import Bound
 from adamss_kernels.cli.bench.compare import changes
 from adamss_kernels.cli.bench.measure import Contender, Settings, interleaved, pinned, rotation, summary
@@ -427,6 +427,7 @@ def test_a_profile_gathers_functions_into_words(monkeypatch):
         20.00% ;[JIT] tid 31001  ;[.] 0x00007fe7ec142043
         10.00% ;libadamss_cpu.so ;[.] avx512::for_tiles<avx512::dot_block<float>(long)::{lambda(auto:1, long)#1}>
          5.00% ;libadamss_cpu.so ;[.] avx512::dot_block<float>
+         0.50% ;libadamss_cpu.so ;[.] amx::(anonymous namespace)::Pass::product(long, float const*) const
          4.00% ;libadamss_cpu.so ;[.] avx512::outer_tile<float, 5, 4>
          9.00% ;libgomp.so.1     ;[.] 0x000000000001de62
          7.00% ;libtorch_cpu.so  ;[.] at::native::vectorized_loop<float>
@@ -442,5 +443,12 @@ def test_a_profile_gathers_functions_into_words(monkeypatch):
             "native: outer_tile": 0.04,
             "Python and PyTorch around the kernels": 0.03,
             "operating system": 0.02,
+            "native: product": 0.005,
         }
     )
+
+
+def test_a_cuda_graph_holds_no_provider_that_copies_from_the_host():
+    known = providers.defaults(torch.device("cpu"), torch.float32)
+    kept = providers.defaults(torch.device("cpu"), torch.float32, graph=True)
+    assert sorted(set(known) - set(kept)) == ["peft-adamss", "peft-adamss-compiled"]

@@ -80,6 +80,22 @@ def gradients(y, problem, dy):
     return (y, *torch.autograd.grad(y, (problem.x, problem.B, problem.C), dy.to(y.dtype)))
 
 
+@pytest.fixture
+def as_users_run(backend):
+    """PyTorch's own scatter, which the reference needs, synchronises in the deterministic mode that tests run in."""
+    if backend == "reference":
+        torch.use_deterministic_algorithms(False)
+
+
+def warm_up(run):
+    """Call `run` on a side stream, as a capture will."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+
+
 def relative_error(got, exact):
     return ((got.double() - exact).norm() / exact.norm()).item()
 
@@ -131,6 +147,20 @@ def test_compiles_whole_with_any_number_of_tokens(backend):
         torch.testing.assert_close(*(torch.autograd.grad(y.sum(), x)[0] for y in (got, want)))
 
 
+@needs_cuda
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_a_frozen_adapter_compiles_into_cuda_graphs(backend):
+    problem = problem_on_device(*SHAPES[1], torch.bfloat16, torch.float32)
+    name = backend_or_skip(backend, torch.bfloat16)
+    for tensor in (problem.x, problem.B, problem.C):
+        tensor.requires_grad_(False)
+    compiled = torch.compile(lambda x: adamss_linear(x, *problem.operands[1:], backend=name), mode="reduce-overhead")
+    # Warm-up, capture, replay; what is kept of a frozen B must not lie in the graphs' memory.
+    for _ in range(4):
+        x = torch.randn_like(problem.x)
+        assert torch.equal(compiled(x).clone(), adamss_linear(x, *problem.operands[1:], backend=name))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_checkpointing_and_autocast(backend):
     problem = problem_on_device(*SHAPES[-1], torch.float32, torch.float32)
@@ -150,6 +180,7 @@ def test_checkpointing_and_autocast(backend):
 
 
 @needs_cuda
+@pytest.mark.usefixtures("as_users_run")
 @pytest.mark.parametrize("backend", ["reference", "triton", "cuda"])
 @pytest.mark.parametrize("shape", SHAPES[:5], ids=str)
 def test_cuda_graph_follows_changed_operands_and_masks(backend, shape):
@@ -161,10 +192,7 @@ def test_cuda_graph_follows_changed_operands_and_masks(backend, shape):
     def run():
         return gradients(adamss_linear(*problem.operands, active=active, backend=name), problem, dy)
 
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.synchronize()
+    warm_up(run)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = run()
@@ -178,6 +206,7 @@ def test_cuda_graph_follows_changed_operands_and_masks(backend, shape):
 
 
 @needs_cuda
+@pytest.mark.usefixtures("as_users_run")
 @pytest.mark.parametrize("backend", ["reference", "triton", "cuda"])
 def test_frozen_adapter_in_a_cuda_graph_follows_the_next_eager_call(backend):
     problem = problem_on_device(*SHAPES[0], torch.bfloat16, torch.float32)
@@ -185,8 +214,7 @@ def test_frozen_adapter_in_a_cuda_graph_follows_the_next_eager_call(backend):
     for tensor in (problem.x, problem.B, problem.C):
         tensor.requires_grad_(False)
     run = lambda: adamss_linear(*problem.operands, backend=name)  # noqa: E731
-    run()
-    torch.cuda.synchronize()
+    warm_up(run)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = run()
@@ -199,6 +227,7 @@ def test_frozen_adapter_in_a_cuda_graph_follows_the_next_eager_call(backend):
 
 
 @needs_cuda
+@pytest.mark.usefixtures("as_users_run")
 @pytest.mark.parametrize("backend", ["reference", "triton", "cuda"])
 def test_does_not_synchronise(backend):
     problem = problem_on_device(*SHAPES[1], torch.bfloat16, torch.float32)
@@ -214,19 +243,22 @@ def test_does_not_synchronise(backend):
             torch.cuda.set_sync_debug_mode("default")
 
 
-@needs_cuda
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_addresses_beyond_two_to_the_31(backend):
-    if torch.cuda.mem_get_info()[0] < 40 << 30:
+    if ON_GPU and torch.cuda.mem_get_info()[0] < 40 << 30:
         pytest.skip("needs 40 GiB of free memory")
-    name = backend_or_skip(backend, torch.bfloat16)
-    M, D, N = (1 << 17) + 8, 64, 16400
-    problem = problem_on_device(16, D, N, 10, (2, 1), torch.bfloat16, torch.float32)
-    x = torch.randn(M, D, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
-    y = adamss_linear(x, *problem.operands[1:], backend=name)
-    dx, dB, dC = torch.autograd.grad(y, (x, problem.B, problem.C), torch.ones_like(y))
+    dtype = torch.bfloat16 if ON_GPU else torch.float16
+    name = backend_or_skip(backend, dtype)
+    M, D, N = ((1 << 17) + 8, 64, 16400) if ON_GPU else (120, 16, 80)
+    problem = problem_on_device(M, D, N, 10, (2, 1), dtype, torch.float32)
+    seed = torch.initial_seed()
+    dy = torch.randn(M, N, device=DEVICE, dtype=dtype)
+    y, dx, dB, dC = gradients(adamss_linear(*problem.operands, backend=name), problem, dy)
     assert all(torch.isfinite(t).all() for t in (dx, dB, dC))
-    tail = slice(M - 100, M)
-    torch.testing.assert_close(y[tail], adamss_linear(x[tail], *problem.operands[1:], backend="reference"))
-    last = adamss_linear(x[tail], *problem.operands[1:], backend="reference")
-    torch.testing.assert_close(dx[tail], torch.autograd.grad(last, x, torch.ones_like(last))[0][tail])
+    # Tokens are independent of one another, so that the last ones can be had from themselves alone.
+    problem.x = problem.x[-100:].detach().requires_grad_()
+    base = gradients(plain(problem), problem, dy[-100:])
+    wide = problem.to(torch.float64)
+    exact = gradients(plain(wide), wide, dy[-100:])
+    for got, plain_error, true in zip((y, dx), map(relative_error, base, exact), exact, strict=False):
+        assert relative_error(got[-100:], true) <= 2 * plain_error + torch.finfo(dtype).eps / 2, seed

@@ -5,11 +5,13 @@ What it computes is tested in `triton_interpreter.py`, in a process of its own.
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import os
 import subprocess
 import sys
 import warnings
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ import torch
 
 import adamss_kernels.triton as backend
 from adamss_kernels import available_backends, ops, reference
+from adamss_kernels.cli import tune
 from adamss_kernels.native import cuda
 from adamss_kernels.triton import tuning
 
@@ -231,3 +234,47 @@ def test_a_file_that_is_asked_for_has_to_exist(user_tables, tmp_path, monkeypatc
     tuning.reload()
     with pytest.raises(ValueError, match=r"absent\.json"):
         tuning.forward_form(torch.float16, "sm_90", "decode")
+
+
+def test_tune_compiles_ahead_in_other_processes(tmp_path):
+    out = tmp_path / "tuning.json"
+    command = [sys.executable, "-m", "adamss_kernels", "tune", "--device", "cpu", "--dtype", "float32"]
+    command += ["--shape", "decode", "--jobs", "1", "--seconds", "240", "--out", str(out)]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "in one process" not in done.stdout
+    assert done.stdout.count("us of 2 measured") == len(tuning.KERNELS)
+    assert len(json.loads(out.read_text())["configs"]) == len(tuning.KERNELS)
+
+
+class PretendedPool:
+    """One process that ends jobs at once, fails those of 32 rows, and never comes to those of 64."""
+
+    def submit(self, function, case, kernel, config):
+        future = concurrent.futures.Future()
+        if config.rows != 64:
+            future.set_result(config.rows != 32)
+        return future
+
+
+def test_candidates_that_ran_are_measured_first_and_those_that_failed_never():
+    tried = {name: [tuning.Config(rows, 16) for rows in (16, 32, 64, 128)] for name in ("project", "delta_fwd")}
+    case = ("odd", (1, 1, 1), torch.float32, torch.device("cpu"))
+    for configs in tune._compile_ahead(case, tried, 0, PretendedPool()).values():
+        assert [config.rows for config in configs] == [16, 128, 64]
+
+
+def test_a_pool_that_breaks_leaves_all_candidates(capsys):
+    class Broken:
+        def submit(self, *_):
+            raise BrokenProcessPool("a process died")
+
+    tried = {"project": [tuning.Config(16, 16)]}
+    case = ("odd", (1, 1, 1), torch.float32, torch.device("cpu"))
+    assert tune._compile_ahead(case, tried, 0, Broken()) == tried
+    assert "a process died" in capsys.readouterr().out
+
+
+def test_no_two_candidates_differ_in_what_their_kernel_has_not():
+    for kernel in ("linear_from_s", "linear_dx", "delta_fwd"):
+        assert {config.split for config in tune.candidates(kernel, torch.bfloat16, "decode", "cuda")} == {1}

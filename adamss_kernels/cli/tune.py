@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import contextlib
+import functools
 import itertools
-import statistics
+import multiprocessing
+import os
+import random
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +23,7 @@ from .. import reference
 from .. import triton as backend
 from ..layout import SubspaceLayout
 from ..triton import tuning
+from .bench.measure import Contender, captured, gpu_timer
 
 # Kernel to the operator and form that run it.
 _RUNS = {
@@ -42,6 +49,9 @@ _SHAPES = {
 }
 _R, _RANKS = 100, (3,) * 10
 
+Case = tuple[str, tuple[int, int, int], torch.dtype, torch.device]
+"""Shape class, (M, D, N), dtype and device of one sweep."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `tune`."""
@@ -49,22 +59,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", nargs="+", choices=("bfloat16", "float16", "float32"), default=["bfloat16"])
     parser.add_argument("--shape", nargs="+", choices=tuple(_SHAPES["cuda"]), help="shape classes; default all")
     parser.add_argument("--seconds", type=float, default=300, help="stop starting new measurements after this long")
+    parser.add_argument("--jobs", type=int, help="processes that compile ahead; default one per CPU, in a dry run none")
     parser.add_argument("--out", type=Path, help=f"file to write; default {tuning.user_file()}")
 
 
 def run(args: argparse.Namespace) -> int:
     """Sweep and write; the status is 1 where the backend cannot run at all."""
     out = args.out or tuning.user_file()
-    deadline = time.monotonic() + args.seconds
+    end = time.monotonic() + args.seconds
+    jobs = args.jobs if args.jobs is not None else (os.cpu_count() or 1) if args.device == "cuda" else 0
+    cases = []
     for dtype in (getattr(torch, name) for name in args.dtype):
         reason = backend.unavailable(args.device, dtype)
         if reason is not None:
             print(f"triton cannot run {dtype} on {args.device}: {reason}")
             return 1
-        for shape, size in _SHAPES[args.device].items():
-            if args.shape is None or shape in args.shape:
-                configs, forms = _sweep(shape, size, dtype, torch.device(args.device), deadline)
-                tuning.save(out, configs, forms)
+        chosen = [item for item in _SHAPES[args.device].items() if args.shape is None or item[0] in args.shape]
+        cases += [(shape, size, dtype, torch.device(args.device)) for shape, size in chosen]
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(max(jobs, 1), mp_context=spawn) as pool:
+        # Their imports are not to cost the first case its share.
+        with contextlib.suppress(BrokenProcessPool):
+            list(pool.map(tuning.arch_of, [torch.device(args.device)] * jobs))
+        for index, case in enumerate(cases):
+            # Each case gets the same share of what is left.
+            start = time.monotonic()
+            deadline = start + (end - start) / (len(cases) - index)
+            configs, forms = _sweep(case, deadline, pool if jobs else None)
+            tuning.save(out, configs, forms)
     print(f"wrote {out}")
     return 0
 
@@ -81,7 +103,8 @@ def candidates(kernel: str, dtype: torch.dtype, shape: str, device_type: str) ->
     depths: tuple[int, ...] = (32, 64) if products or kernel == "project" else (16,)
     splits: tuple[int, ...] = (1,) if products or kernel == "delta_fwd" else (0, 1, 8)
     if shape == "decode":
-        rows, depths, splits = (16,), tuple(4 * d for d in depths), (0, 1, 2, 4)
+        rows, depths = (16,), tuple(4 * d for d in depths)
+        splits = (0, 1, 2, 4) if kernel == "linear_fwd" or len(splits) > 1 else (1,)
     elif products:
         cols = (64, 128) if dtype == torch.float32 else (128, 256)
     for r, c, d, split, warps, stages in itertools.product(rows, cols, depths, splits, (4, 8), (2, 3, 4)):
@@ -90,19 +113,25 @@ def candidates(kernel: str, dtype: torch.dtype, shape: str, device_type: str) ->
 
 
 def _sweep(
-    shape: str, size: tuple[int, int, int], dtype: torch.dtype, device: torch.device, deadline: float
+    case: Case, deadline: float, pool: concurrent.futures.Executor | None
 ) -> tuple[dict[tuning.Key, tuning.Config], dict[tuning.Key, str]]:
     """Return the fastest configuration of each kernel, and with those the fastest form of each operator."""
+    shape, size, dtype, device = case
     arch = tuning.arch_of(device)
-    operators = _operators(size, dtype, device)
+    tried = {kernel: _shuffled(kernel, dtype, shape, device.type) for kernel in _RUNS}
+    if pool is not None:
+        tried = _compile_ahead(case, tried, time.monotonic() + 0.6 * (deadline - time.monotonic()), pool)
+    operators = {name: _gated(name, args) for name, args in _arguments(size, dtype, device).items()}
     configs: dict[tuning.Key, tuning.Config] = {}
     forms: dict[tuning.Key, str] = {}
-    for kernel, (operator, form) in _RUNS.items():
+    for index, (kernel, (operator, form)) in enumerate(_RUNS.items()):
         key = tuning.key(kernel, dtype, arch, shape)
         tuning.use({}, {tuning.key(operator, dtype, arch, shape): form})
+        start = time.monotonic()
+        share = start + (deadline - start) / (len(_RUNS) - index)
         times: dict[tuning.Config, float] = {}
-        for config in (tuning.config(kernel, dtype, arch, shape), *candidates(kernel, dtype, shape, device.type)):
-            if times and time.monotonic() > deadline:
+        for config in (tuning.config(kernel, dtype, arch, shape), *tried[kernel]):
+            if times and time.monotonic() > share:
                 break
             tuning.use({key: config}, {})
             seconds = _measure(*operators[operator])
@@ -111,7 +140,10 @@ def _sweep(
         if times:
             configs[key] = min(times, key=times.__getitem__)
             tuning.use({key: configs[key]}, {})
-            print(f"{'/'.join(key)}: {times[configs[key]] * 1e6:.1f} us of {len(times)} measured, {configs[key]}")
+            print(
+                f"{'/'.join(key)}: {times[configs[key]] * 1e6:.1f} us of {len(times)} measured, {configs[key]}",
+                flush=True,
+            )
     for operator, choices in _FORMS.items():
         key = tuning.key(operator, dtype, arch, shape)
         seconds_of: dict[str, float] = {}
@@ -129,10 +161,59 @@ def _sweep(
     return configs, forms
 
 
-def _operators(
-    size: tuple[int, int, int], dtype: torch.dtype, device: torch.device
-) -> dict[str, tuple[Callable[[], tuple[Tensor, ...]], list[Tensor], list[float]]]:
-    """Return forward and backward over random operands, their exact results and the errors that each may have."""
+def _shuffled(kernel: str, dtype: torch.dtype, shape: str, device_type: str) -> list[tuning.Config]:
+    """Return the candidates in an order of which every beginning is a fair sample."""
+    found = list(candidates(kernel, dtype, shape, device_type))
+    random.Random(0).shuffle(found)
+    return found
+
+
+def _compile_ahead(
+    case: Case, tried: dict[str, list[tuning.Config]], deadline: float, pool: concurrent.futures.Executor
+) -> dict[str, list[tuning.Config]]:
+    """Run candidates in other processes, of all kernels in turn, which leaves them in Triton's cache.
+
+    They end before this returns, so that nothing else runs on the GPU while this process measures.
+
+    Returns:
+        The candidates of each kernel less those that failed, first those that ran.
+    """
+    turns = itertools.zip_longest(*([(kernel, config) for config in configs] for kernel, configs in tried.items()))
+    order = [job for turn in turns for job in turn if job is not None]
+    ran: dict[str, list[tuning.Config]] = {kernel: [] for kernel in tried}
+    waiting: dict[str, list[tuning.Config]] = {kernel: [] for kernel in tried}
+    try:
+        futures = {pool.submit(_compile, case, *job): job for job in order}
+        concurrent.futures.wait(futures, timeout=max(0, deadline - time.monotonic()))
+        for future, (kernel, config) in futures.items():
+            if future.cancel():
+                waiting[kernel].append(config)
+            elif future.result(timeout=60):
+                ran[kernel].append(config)
+    except (BrokenProcessPool, concurrent.futures.TimeoutError) as error:
+        print(f"  compiling in one process: {type(error).__name__}: {error}")
+        return tried
+    return {kernel: ran[kernel] + waiting[kernel] for kernel in tried}
+
+
+def _compile(case: Case, kernel: str, config: tuning.Config) -> bool:
+    """Call the kernel once; say whether that worked."""
+    shape, size, dtype, device = case
+    operator, form = _RUNS[kernel]
+    arch = tuning.arch_of(device)
+    tuning.use({tuning.key(kernel, dtype, arch, shape): config}, {tuning.key(operator, dtype, arch, shape): form})
+    try:
+        getattr(backend, operator)(*_arguments(size, dtype, device)[operator])
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    except Exception:  # out of registers, of shared memory, or a compiler that gives up
+        return False
+    return True
+
+
+@functools.lru_cache(maxsize=1)
+def _arguments(size: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> dict[str, tuple[Any, ...]]:
+    """Return the arguments of forward and backward: random operands."""
     M, D, N = size
     g = torch.Generator(device).manual_seed(0)
 
@@ -152,7 +233,7 @@ def _operators(
     _, S, P = reference.forward(*operands, True, keep_P)
     kept = (None, S, P) if keep_P else (x, S, None)
     backward = (randn(M, N), *kept, weight, basis, a, B, C, *rows, ones, ones, [True, False, False, True, True])
-    return {name: _gated(name, args) for name, args in (("forward", forward), ("backward", backward))}
+    return {"forward": forward, "backward": backward}
 
 
 def _gated(name: str, args: tuple[Any, ...]) -> tuple[Callable[[], tuple[Tensor, ...]], list[Tensor], list[float]]:
@@ -175,7 +256,7 @@ def _measure(call: Callable[[], tuple[Tensor, ...]], exact: list[Tensor], allowe
         results = call()
         if any(not _error(got, want) <= limit for got, want, limit in zip(results, exact, allowed, strict=True)):
             return None
-        return _graph_seconds(call) if results[0].is_cuda else _wall_seconds(call)
+        return _graph_seconds(call, results[0].device) if results[0].is_cuda else _wall_seconds(call)
     except Exception as error:  # out of registers, of shared memory, or a compiler that gives up
         print(f"  skipped: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
         return None
@@ -187,22 +268,6 @@ def _wall_seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _graph_seconds(call: Callable[[], object], repeats: int = 20) -> float:
-    """Return the median GPU time of a call inside a CUDA graph, where launches cost no Python."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(repeats):
-            call()
-    times = []
-    for _ in range(5):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / repeats)
-    return statistics.median(times)
+def _graph_seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Return the median GPU time of a call in a CUDA graph, where launches cost no Python, W not being in the L2."""
+    return gpu_timer(device)(Contender(captured(call)), 15)

@@ -44,7 +44,7 @@ def measure(case: dict[str, Any], names: Sequence[str] | None, settings: Setting
         RuntimeError: A provider computes something else than it should.
     """
     device, dtype = settings.device, getattr(torch, case["dtype"])
-    names = [BASE, *(name for name in names or providers.defaults(device, dtype) if name != BASE)]
+    names = [BASE, *(name for name in names or providers.defaults(device, dtype, settings.graph) if name != BASE)]
     built = providers.build(names, case, device)
     shape = (case["M"], case["D"], case["N"])
     check(built, shape, dtype, device)

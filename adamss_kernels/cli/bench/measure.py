@@ -63,9 +63,9 @@ class Contender(NamedTuple):
 
 def interleaved(contenders: Mapping[str, Contender], settings: Settings) -> dict[str, list[float]]:
     """Give every contender a turn in each round; return the seconds of a call in each turn, in the order of rounds."""
-    timer = _cpu_seconds if settings.device.type == "cpu" else _gpu_timer(settings.device)
+    timer = _cpu_seconds if settings.device.type == "cpu" else gpu_timer(settings.device)
     if settings.graph:
-        contenders = {name: Contender(_captured(c.call), c.prepare) for name, c in contenders.items()}
+        contenders = {name: Contender(captured(c.call), c.prepare) for name, c in contenders.items()}
     times: dict[str, list[float]] = {name: [] for name in contenders}
     order, shuffle = list(contenders), random.Random(0).shuffle
     with _undisturbed():
@@ -167,7 +167,8 @@ def _cpu_seconds(contender: Contender, calls: int) -> float:
     return statistics.median(times)
 
 
-def _gpu_timer(device: torch.device) -> Callable[[Contender, int], float]:
+def gpu_timer(device: torch.device) -> Callable[[Contender, int], float]:
+    """Return what takes the median seconds of several calls of a contender, each after the L2 was overwritten."""
     size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
     scratch = torch.empty(size, dtype=torch.uint8, device=device)
 
@@ -188,13 +189,23 @@ def _gpu_timer(device: torch.device) -> Callable[[Contender, int], float]:
     return seconds
 
 
-def _captured(call: Callable[[], object]) -> Callable[[], object]:
-    """Return the replay of a CUDA graph of `call`."""
+def captured(call: Callable[[], object]) -> Callable[[], object]:
+    """Return the replay of a CUDA graph of `call`.
+
+    Raises:
+        RuntimeError: `call` synchronises with the device, which no graph can hold.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(3):
+        for _ in range(2):
             call()
+        # Before torch 2.12 a capture that fails takes every later one of the process with it, so none may.
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -38,12 +38,16 @@ class Provider(NamedTuple):
     degree: int | None
 
 
-def defaults(device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Return the providers that can run: the bare layer, every backend, ours compiled, pruned and merged, PEFT's."""
+def defaults(device: torch.device, dtype: torch.dtype, graph: bool = False) -> list[str]:
+    """Return the providers that can run: the bare layer, every backend, ours compiled, pruned and merged, PEFT's.
+
+    With `graph`, those that a CUDA graph can hold: PEFT's AdaMSS copies an index from the host in each forward.
+    """
     backends = [name for name in BACKENDS if implementation(name).unavailable(device.type, dtype) is None]
     ours = choose_backend("auto", device, dtype)
     backends.sort(key=lambda name: name != ours)
     peft = [*_PEFT, f"{_PEFT[0]}{_COMPILED}"] if importlib.util.find_spec("peft") else []
+    peft = [name for name in peft if not (graph and name.startswith(_PEFT[0]))]
     return ["linear", *backends, ours + _COMPILED, "half-pruned", "merged", *peft]
 
 

@@ -40,7 +40,7 @@ def measure(case: dict[str, Any], names: Sequence[str] | None, settings: Setting
     subject = _SUBJECTS[case["of"]]
     rest = {name: value for name, value in case.items() if name not in ("of", "sweep")}
     if names is None and subject is layer:
-        able = providers.defaults(settings.device, getattr(torch, case["dtype"]))
+        able = providers.defaults(settings.device, getattr(torch, case["dtype"]), settings.graph)
         # The first after the bare layer is the backend that "auto" takes.
         names = [name for name in able if name in (able[0], able[1], "peft-adamss")]
     extra = {"passes": ("update",)} if subject is asa else {}
