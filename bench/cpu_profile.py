@@ -74,8 +74,8 @@ def repeat(case: dict[str, Any], name: str, seconds: float) -> None:
     shape, dtype = (case["M"], case["D"], case["N"]), getattr(torch, case["dtype"])
     keep_freed_memory()
     model = providers.build([name], case, torch.device("cpu"))[name].layer
-    x = measure.rotation(lambda: torch.randn(*shape[:2]).to(dtype).requires_grad_(), torch.device("cpu"))
-    dy = measure.rotation(lambda: torch.randn(shape[0], shape[2]).to(dtype), torch.device("cpu"))
+    x = measure.Rotation(lambda: torch.randn(*shape[:2]).to(dtype).requires_grad_(), torch.device("cpu"))
+    dy = measure.Rotation(lambda: torch.randn(shape[0], shape[2]).to(dtype), torch.device("cpu"))
     run = layer.forward_backward(model, x, dy)
     for _ in range(5):
         run()

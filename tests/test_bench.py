@@ -18,7 +18,7 @@ from adamss_kernels.cli import main
 from adamss_kernels.cli.bench import bound, layer, measure, methods, plots, providers, results, scaling
 from adamss_kernels.cli.bench.bound import Bound
 from adamss_kernels.cli.bench.compare import changes
-from adamss_kernels.cli.bench.measure import Contender, Settings, interleaved, pinned, rotation, summary
+from adamss_kernels.cli.bench.measure import Contender, Rotation, Settings, interleaved, pinned, relocate, summary
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -77,7 +77,7 @@ def test_a_suite_runs_and_writes_what_it_measured(suite, tmp_path, capsys):
             assert row["peak_bytes"] >= 0
             continue
         assert row["ratio"]["low"] <= row["ratio"]["median"] <= row["ratio"]["high"]
-        assert row["rounds"] == len(row["ratios"]) >= measure.MIN_ROUNDS
+        assert row["rounds"] == len(row["ratios"]) >= measure.PLACES * measure.MIN_ROUNDS
         assert row["seconds"]["median"] > 0
     # The floor comes first, and is printed with the others.
     out = capsys.readouterr().out
@@ -232,23 +232,36 @@ def test_every_contender_has_a_turn_in_every_round_and_preparations_are_not_time
         "slow": Contender(lambda: time.sleep(0.02), lambda: (log.append("prepare"), time.sleep(0.02))),
     }
     times = interleaved(contenders, Settings(CPU, 0.3))
-    assert len(times["quick"]) == len(times["slow"]) >= measure.MIN_ROUNDS
+    assert len(times["quick"]) == len(times["slow"]) >= measure.PLACES * measure.MIN_ROUNDS
     shares = summary(times, "quick")
     assert shares["quick"]["ratio"] == {"median": 1, "low": 1, "high": 1}
     # With its preparation a call would take twice as long; the best of them shows that it is left out.
     assert min(times["slow"]) < 0.035
     turns = re.findall(r"(?:quick )+|(?:prepare )+", " ".join(log) + " ")
-    assert len(turns) >= measure.MIN_ROUNDS, "not one after the other is finished"
+    assert len(turns) >= measure.PLACES * measure.MIN_ROUNDS, "not one after the other is finished"
 
 
 def test_operands_come_in_turn_from_more_memory_than_the_cache():
-    ring = rotation(lambda: torch.empty(2**18), CPU)
+    ring = Rotation(lambda: torch.empty(2**18), CPU)
     first, second = next(ring), next(ring)
     assert first.data_ptr() != second.data_ptr()
     seen = {first.data_ptr(), second.data_ptr()}
     for _ in range(200):
         seen.add(next(ring).data_ptr())
     assert len(seen) * 2**20 >= 2 * 2**20
+
+
+def test_moved_layers_are_elsewhere_and_share_what_they_shared():
+    one, two = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+    two.weight = one.weight
+    x, (weight, address) = torch.randn(2, 8), (one.weight, one.weight.data_ptr())
+    before = one(x), two(x)
+    between = relocate([one, two])
+    assert len(between) == 3
+    assert one.weight is two.weight is weight
+    assert weight.data_ptr() != address
+    assert torch.equal(one(x), before[0])
+    assert torch.equal(two(x), before[1])
 
 
 def test_threads_and_cpus_are_as_before_afterwards():

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="write one file of JSON lines for each suite")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw what was measured, as PNG and SVG")
     parser.add_argument("--full", action="store_true", help="more cases, more rounds: an hour on two cores")
-    parser.add_argument("--seconds", type=float, help="for each group of contenders; at least seven rounds are made")
+    parser.add_argument("--seconds", type=float, help="for each group of contenders; at least eight rounds are made")
     parser.add_argument("--threads", type=int, help="CPU threads, pinned to as many cores; default torch's number")
     parser.add_argument("--graph", action="store_true", help="time replays of CUDA graphs")
     parser.add_argument(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...linear import FusedAdaMSSLinear
 from . import providers
 from .bound import Bound, linear_work, measure_bound, update_work
-from .measure import Contender, Settings, interleaved, rotation, summary
+from .measure import Contender, Rotation, Settings, interleaved, relocate, summary
 from .probe import probe
 from .providers import Provider
 from .results import Row
@@ -51,11 +51,18 @@ def measure(case: dict[str, Any], names: Sequence[str] | None, settings: Setting
     layers = {name: _chain(provider.layer, case["layers"]) for name, provider in built.items()}
     bound = measure_bound(device, dtype)
 
-    x = rotation(lambda: torch.randn(*shape[:2], device=device).to(dtype).requires_grad_(), device)
-    dy = rotation(lambda: torch.randn(shape[0], shape[2], device=device).to(dtype), device)
+    x = Rotation(lambda: torch.randn(*shape[:2], device=device).to(dtype).requires_grad_(), device)
+    dy = Rotation(lambda: torch.randn(shape[0], shape[2], device=device).to(dtype), device)
+    between: list[Tensor] = []
+
+    def move() -> None:
+        between.extend(relocate(layers.values()))
+        x.renew()
+        dy.renew()
+
     for direction, call in ((FORWARD, forward), (FORWARD_BACKWARD, forward_backward)):
         contenders = {name: Contender(call(layer, x, dy)) for name, layer in layers.items()}
-        results = summary(interleaved(contenders, settings), BASE)
+        results = summary(interleaved(contenders, settings, move), BASE)
         flops, moved = linear_work(case["D"], case["N"], case["M"], dtype.itemsize, direction == FORWARD_BACKWARD)
         least = bound.seconds(flops * case["layers"], moved * case["layers"])
         for name, layer in layers.items():

@@ -9,8 +9,11 @@ nothing is discarded. Switching at every call instead would
 time each contender with its caches filled by another one, the slowest of them the most wasteful; running one contender
 to the end before the next would compare two different minutes. Within a turn the contender is warm as a layer in a
 training loop is: its code and its parameters were used a moment ago. Its input was not: on the CPU, calls take their
-operands in turn from `rotation`, which is larger than the cache, as activations come from another layer; on a GPU the
+operands in turn from a `Rotation`, which is larger than the cache, as activations come from another layer; on a GPU the
 L2 cache is overwritten before every timed call.
+
+Which pages tensors get is luck, and moves a ratio the same way for as long as they stay. So on the CPU operands and
+layers are put elsewhere several times during a measurement, and the rounds of all places count together.
 
 On the CPU the clock is the wall clock, and freed memory stays with the process (`native/allocator.py` says why), as
 with the allocators that are recommended for training. On a GPU it is a pair of events around each call, queued while
@@ -23,12 +26,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import logging
 import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +41,11 @@ import torch
 SAMPLE_SECONDS = 0.01
 """Timed calls of one turn take at least about this long."""
 
-MIN_ROUNDS = 7
+PLACES = 8
+"""Times that operands are put elsewhere in memory."""
+
+MIN_ROUNDS = 1
+"""Rounds at each of these places, however long they take."""
 
 
 class Settings(NamedTuple):
@@ -45,7 +53,7 @@ class Settings(NamedTuple):
 
     Attributes:
         device: Where the contenders run.
-        seconds: Time for each group of contenders, after warm-up; at least `MIN_ROUNDS` rounds are made.
+        seconds: Time for each group of contenders, after warm-up; at least `PLACES * MIN_ROUNDS` rounds are made.
         graph: Whether to time replays of CUDA graphs (layers on a GPU only).
     """
 
@@ -61,8 +69,13 @@ class Contender(NamedTuple):
     prepare: Callable[[], object] = lambda: None
 
 
-def interleaved(contenders: Mapping[str, Contender], settings: Settings) -> dict[str, list[float]]:
-    """Give every contender a turn in each round; return the seconds of a call in each turn, in the order of rounds."""
+def interleaved(
+    contenders: Mapping[str, Contender], settings: Settings, move: Callable[[], None] = lambda: None
+) -> dict[str, list[float]]:
+    """Give every contender a turn in each round; return the seconds of a call in each turn, in the order of rounds.
+
+    `move` puts operands elsewhere in memory; it is called on the CPU only, `PLACES` times.
+    """
     timer = _cpu_seconds if settings.device.type == "cpu" else gpu_timer(settings.device)
     if settings.graph:
         contenders = {name: Contender(captured(c.call), c.prepare) for name, c in contenders.items()}
@@ -74,13 +87,16 @@ def interleaved(contenders: Mapping[str, Contender], settings: Settings) -> dict
             # The first is warm-up. The shortest: an interrupted call must not pass for a long one.
             shortest = min([timer(contender, 1) for _ in range(4)][1:])
             calls[name] = max(1, min(1000, round(SAMPLE_SECONDS / shortest)))
-        end = time.perf_counter() + settings.seconds
-        rounds = 0
-        while rounds < MIN_ROUNDS or time.perf_counter() < end:
-            shuffle(order)
-            for name in order:
-                times[name].append(timer(contenders[name], calls[name]))
-            rounds += 1
+        start = time.perf_counter()
+        for place in range(1, PLACES + 1):
+            if settings.device.type == "cpu":
+                move()
+            rounds = 0
+            while rounds < MIN_ROUNDS or time.perf_counter() < start + settings.seconds * place / PLACES:
+                shuffle(order)
+                for name in order:
+                    times[name].append(timer(contenders[name], calls[name]))
+                rounds += 1
     return times
 
 
@@ -98,18 +114,42 @@ def summary(times: Mapping[str, list[float]], base: str) -> dict[str, dict[str, 
     return result
 
 
-def rotation(make: Callable[[], torch.Tensor], device: torch.device) -> Iterator[torch.Tensor]:
-    """Return an endless turn through as many tensors as exceed twice the CPU's last private cache (on a GPU: one)."""
-    first = make()
-    size = max(1, first.numel() * first.element_size())
-    copies = 1 if device.type != "cpu" else min(64, 1 + 2 * _l2_bytes() // size)
-    ring = [first, *(make() for _ in range(copies - 1))]
+class Rotation:
+    """An endless turn through as many tensors as exceed twice the CPU's last private cache (on a GPU: one)."""
 
-    def turn() -> Iterator[torch.Tensor]:
-        while True:
-            yield from ring
+    def __init__(self, make: Callable[[], torch.Tensor], device: torch.device) -> None:
+        """Call `make` for each of the tensors; they are all alike."""
+        self._make, self._device = make, device
+        self.renew()
 
-    return turn()
+    def renew(self) -> None:
+        """Make the tensors anew, before the old ones go."""
+        first = self._make()
+        size = max(1, first.numel() * first.element_size())
+        copies = 1 if self._device.type != "cpu" else min(64, 1 + 2 * _l2_bytes() // size)
+        self._turn = itertools.cycle([first, *(self._make() for _ in range(copies - 1))])
+
+    def __next__(self) -> torch.Tensor:
+        """Return the next tensor."""
+        return next(self._turn)
+
+    def __iter__(self) -> Rotation:
+        """Return itself."""
+        return self
+
+
+def relocate(modules: Iterable[torch.nn.Module]) -> list[torch.Tensor]:
+    """Copy parameters and buffers to other places in memory; what is shared stays shared.
+
+    Returns:
+        Tensors of random size that lie in between. Kept, they shift what is allocated later.
+    """
+    tensors = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}
+    between = []
+    for t in tensors.values():
+        between.append(torch.empty(4096 * random.randrange(1, 64), dtype=torch.uint8))
+        t.data = t.data.clone()
+    return between
 
 
 @contextlib.contextmanager
