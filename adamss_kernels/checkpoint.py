@@ -19,10 +19,10 @@ from .adapters import METHODS, AdapterLinear
 from .atomic import replace_file
 from .config import AdaMSSConfig
 from .decompose import Decomposition, decompose
-from .frozen_linear import FrozenLinear
+from .frozen_linear import FrozenLinear, plain_linear
 from .layout import SubspaceLayout
 from .linear import FusedAdaMSSLinear
-from .model import adapted_layers, modules_to_save, plain_linear, replace_modules, unwrap
+from .model import adapted_layers, replace_modules, saved_modules, unwrap
 from .sketch import relative_difference, sketch
 
 TENSORS_FILE = "adapter.safetensors"
@@ -89,7 +89,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, compact
         weight, bias = layer.base_parameters()
         stored["base_sketch"] = sketch(augmented(_whole(weight), _whole(bias)))
         if isinstance(layer, FusedAdaMSSLinear):
-            header.setdefault("config", layer.config.to_dict())
+            config = layer.config.to_dict()
+            if header.setdefault("config", config) != config:
+                info["config"] = config
             info |= {"r": layer.basis.shape[0], "ranks": list(layer.layout.ranks)}
             if compact:
                 stored["basis_sketch"] = sketch(augmented(layer.basis, layer.basis_bias))
@@ -99,8 +101,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, compact
                 raise ValueError(f"compact: {name} is a {type(layer).__name__}, which has no basis that can be rebuilt")
             info |= {"method": layer.method, "options": layer.options}
         tensors |= {f"layers.{name}.{key}": t for key, t in stored.items()}
-    names = dict.fromkeys(name for layer in layers.values() for name in layer.modules_to_save)
-    for name, module in modules_to_save(model, names).items():
+    for name, module in saved_modules(model).items():
         header["modules_to_save"].append(name)
         tensors |= {f"modules.{name}.{key}": _whole(t) for key, t in module.state_dict().items()}
 
@@ -154,7 +155,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], *, strict:
 
     for name, state in saved.items():
         root.get_submodule(name).load_state_dict(state)
-    replace_modules(root, layers, [root.get_submodule(name) for name in saved])
+    replace_modules(root, layers)
     return model
 
 
@@ -163,7 +164,6 @@ class _Checkpoint:
 
     def __init__(self, path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self.path, self.header, self.tensors = path, header, tensors
-        self.config = AdaMSSConfig(**header["config"]) if "config" in header else None
         self.used: set[str] = set()
 
     def take(self, key: str, shape: tuple[int, ...]) -> Tensor:
@@ -205,9 +205,11 @@ def _load_layer(model: nn.Module, name: str, checkpoint: _Checkpoint, strict: bo
     if type(module) is nn.Linear:
         weight, bias = plain_linear(name, module).weight, module.bias
     elif isinstance(module, FrozenLinear):
-        weight, bias = module.base_parameters()
-        weight = nn.Parameter(weight.to(module.weight.device), requires_grad=False)
-        bias = None if bias is None else nn.Parameter(bias.to(module.weight.device), requires_grad=False)
+        weight, bias = module.weight, module.bias
+        if module.merged:
+            weight, bias = module.base_parameters()
+            weight = nn.Parameter(weight.to(module.weight), requires_grad=False)
+            bias = None if bias is None else nn.Parameter(bias.to(module.weight), requires_grad=False)
     else:
         raise ValueError(f"{name}: expected an nn.Linear or an adapted one, got {type(module).__qualname__}")
     if tuple(weight.shape) != (N, D) or (bias is not None) != info["bias"]:
@@ -217,16 +219,19 @@ def _load_layer(model: nn.Module, name: str, checkpoint: _Checkpoint, strict: bo
         )
         raise ValueError(f"{name}: the adapter was trained on a weight of shape {expected}, got {got}")
 
+    if weight.is_meta:
+        raise ValueError(f"{name}: the base weight is on the meta device; load the base model's weights first")
     _check_base(name, sketch(augmented(weight, bias)), checkpoint.take(f"layers.{name}.base_sketch", (8, 8)), strict)
     load = _load_related if "method" in info else _load_adamss
     return load(name, weight, bias, checkpoint).train(module.training)
 
 
 def _load_adamss(name: str, weight: Tensor, bias: Tensor | None, checkpoint: _Checkpoint) -> FrozenLinear:
-    config = checkpoint.config
-    if config is None:
-        raise ValueError(f"{checkpoint.path}: has an AdaMSS layer {name!r} but no config")
     info = checkpoint.header["layers"][name]
+    stored_config = info.get("config", checkpoint.header.get("config"))
+    if stored_config is None:
+        raise ValueError(f"{checkpoint.path}: has an AdaMSS layer {name!r} but no config")
+    config = AdaMSSConfig(**stored_config)
     (N, D), R, ranks = weight.shape, info["r"], tuple(info["ranks"])
     rho, K = sum(ranks), len(ranks)
     shapes = {"B": (rho, R), "C": (N, max(ranks)), "row_subspace": (N,), "ranks": (K,)}

@@ -160,6 +160,13 @@ class AdaMSSConfig:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
 
+def require_config(config: object) -> None:
+    """Raise a TypeError for what is no `AdaMSSConfig`, say the config of PEFT, which is alike but for some fields."""
+    if not isinstance(config, AdaMSSConfig):
+        kind = f"{type(config).__module__}.{type(config).__qualname__}"
+        raise TypeError(f"config: expected an adamss_kernels.AdaMSSConfig, got a {kind}")
+
+
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..frozen_linear import FrozenLinear
+from ..frozen_linear import FrozenLinear, plain_linear
 from ..functional import as_linear_takes_them
 
 Self = TypeVar("Self", bound="AdapterLinear")
@@ -53,9 +53,11 @@ class AdapterLinear(FrozenLinear):
             **options: The method's settings.
 
         Raises:
-            ValueError: An option has a value outside its domain, or the weight is empty or not floating.
-            TypeError: The method has no such option.
+            ValueError: An option has a value outside its domain, or the weight is empty.
+            TypeError: The method has no such option, or `linear` is not exactly an `nn.Linear` with a plain
+                floating-point weight.
         """
+        plain_linear("linear", linear)
         layer = cls(linear.weight, linear.bias, **options).train(linear.training)
         layer.freeze_base()
         return layer
@@ -66,8 +68,8 @@ class AdapterLinear(FrozenLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., D) to y (..., N), of the dtype that `torch.nn.functional.linear` would return."""
-        parameters: dict[str, Any] = self._parameters
-        weight, bias = parameters["weight"], parameters["bias"]
+        parameters = self._tensors()
+        weight, bias = parameters["weight"], parameters.get("bias")
         if self.merged:
             return F.linear(x, weight, bias)
         x, weight, bias = as_linear_takes_them(x, weight, bias)
