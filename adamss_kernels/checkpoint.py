@@ -147,7 +147,9 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], *, strict:
     if extra:
         raise ValueError(f"{path}: has no layer {min(extra)!r}, which is adapted in this model")
 
-    layers = {name: _load_layer(root, name, checkpoint, strict) for name in checkpoint.header["layers"]}
+    layers: dict[str, FrozenLinear] = {}
+    for name in checkpoint.header["layers"]:
+        layers[name] = _load_layer(root, name, checkpoint, strict)
     saved = {name: _loaded_module(root, name, checkpoint) for name in checkpoint.header["modules_to_save"]}
     unused = checkpoint.tensors.keys() - checkpoint.used
     if unused:

@@ -78,6 +78,8 @@ class FrozenLinear(nn.Module):
             raise ValueError("merge: the merged weight or bias is not finite; the adapter has diverged")
         return weight, bias
 
+    # Outside of inference mode, whose tensors could never take part in training again.
+    @torch.inference_mode(False)
     @torch.no_grad()
     def merge(self, *, keep_original_on: str | torch.device = "cpu") -> None:
         """Fold the update into new `weight` and `bias` parameters; a no-op when already merged.
@@ -101,6 +103,7 @@ class FrozenLinear(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def unmerge(self) -> None:
         """Restore the original `weight` and `bias` bit for bit; a no-op when not merged."""

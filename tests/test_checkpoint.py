@@ -88,6 +88,7 @@ def test_the_trained_update_is_applied_exactly_to_a_rounded_base(tmp_path):
     with pytest.warns(BaseWeightWarning, match="base weight differs from the one trained on by") as caught:
         load_adapter(rounded, tmp_path)
     assert {str(w.message).split(":")[0] for w in caught} == {"first", "second"}
+    assert all(w.filename == __file__ for w in caught)
     measured = float(str(caught[0].message).split(" by ")[1].split()[0])
     assert relative / 2 < measured < relative * 2
     for name, layer in adamss_layers(rounded).items():

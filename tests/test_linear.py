@@ -62,6 +62,16 @@ def test_unmerge_restores_every_bit(dtype, bias):
     assert same_state(layer, before)
 
 
+def test_merging_in_inference_mode_leaves_a_layer_that_can_train():
+    layer, x = make_layer(), torch.randn(3, 24)
+    with torch.inference_mode():
+        layer.merge()
+        assert not layer.weight.is_inference()
+        layer.unmerge()
+    layer(x).sum().backward()
+    assert layer.B.grad.abs().sum() > 0
+
+
 def test_merge_leaves_a_tied_weight_alone():
     embedding = nn.Embedding(20, 24)
     head = nn.Linear(24, 20, bias=False)
