@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from .adapters import METHODS, AdapterLinear
 from .atomic import replace_file
 from .config import AdaMSSConfig
-from .decompose import Decomposition, decompose
+from .decompose import Decomposition, augmented, decompose
 from .frozen_linear import FrozenLinear, plain_linear
+from .importance import full_tensor
 from .layout import SubspaceLayout
 from .linear import FusedAdaMSSLinear
 from .model import adapted_layers, replace_modules, saved_modules, unwrap
@@ -79,7 +80,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, compact
     }
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        stored = {key: _whole(t) for key, t in layer.state_dict().items() if key not in ("weight", "bias")}
+        stored = {key: full_tensor(t) for key, t in layer.state_dict().items() if key not in ("weight", "bias")}
         info = header["layers"][name] = {
             "out_features": layer.out_features,
             "in_features": layer.in_features,
@@ -87,7 +88,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, compact
             "base_dtype": str(layer.weight.dtype).removeprefix("torch."),
         }
         weight, bias = layer.base_parameters()
-        stored["base_sketch"] = sketch(augmented(_whole(weight), _whole(bias)))
+        bias = None if bias is None else full_tensor(bias)
+        stored["base_sketch"] = sketch(augmented(full_tensor(weight), bias))
         if isinstance(layer, FusedAdaMSSLinear):
             config = layer.config.to_dict()
             if header.setdefault("config", config) != config:
@@ -103,7 +105,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, compact
         tensors |= {f"layers.{name}.{key}": t for key, t in stored.items()}
     for name, module in saved_modules(model).items():
         header["modules_to_save"].append(name)
-        tensors |= {f"modules.{name}.{key}": _whole(t) for key, t in module.state_dict().items()}
+        tensors |= {f"modules.{name}.{key}": full_tensor(t) for key, t in module.state_dict().items()}
 
     # Copies: safetensors refuses tensors that share memory.
     tensors = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
@@ -337,13 +339,3 @@ def wait_for_writer(model: nn.Module) -> None:
 def _device_mesh(model: nn.Module) -> Any:
     """Return the `DeviceMesh` that `fully_shard` spread the parameters over, or None."""
     return next((p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")), None)
-
-
-def _whole(tensor: Any) -> Any:
-    """Gather a DTensor (a collective call); everything else is returned as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def augmented(weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return [weight | bias], the matrix that is decomposed."""
-    return weight.detach() if bias is None else torch.cat((weight.detach(), bias.detach()[:, None]), dim=1)

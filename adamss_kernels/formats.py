@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from .atomic import replace_file
-from .checkpoint import SAME_BASIS, augmented, is_writer, wait_for_writer
+from .checkpoint import SAME_BASIS, is_writer, wait_for_writer
 from .config import ASA_FIELDS, AdaMSSConfig
-from .decompose import Decomposition, decompose
+from .decompose import Decomposition, augmented, decompose
 from .frozen_linear import plain_linear
 from .importance import full_tensor
 from .layout import SubspaceLayout, block_diagonal, column_mask
@@ -76,9 +76,9 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str], *, progress
             bar.set_postfix_str(name)
             if _decomposition_fields(layer.config) != _decomposition_fields(config):
                 raise ValueError(f"{name}: made with {layer.config}, but PEFT has one config for all layers: {config}")
-            weight, bias = (None if t is None else full_tensor(t) for t in layer.base_parameters())
-            assert weight is not None
-            _require_peft_rows(name, layer, decompose(weight, bias, config, name=name).layout)
+            weight, bias = layer.base_parameters()
+            bias = None if bias is None else full_tensor(bias)
+            _require_peft_rows(name, layer, decompose(full_tensor(weight), bias, config, name=name).layout)
             contributes = layer.active[layer.row_subspace.long()][:, None]
             B, C = layer.layout.unpack(full_tensor(layer.B), full_tensor(layer.C).where(contributes, 0))
             prefix = f"{_PREFIX}{name}."
