@@ -62,7 +62,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, compact
         The path of the safetensors file.
 
     Raises:
-        ValueError: `model` has no adapted layer, or `compact` is asked of a method other than AdaMSS.
+        ValueError: `model` has no adapted layer, one is on the meta device, or `compact` is asked of a method other
+            than AdaMSS.
     """
     from safetensors.torch import save_file
 
@@ -88,6 +89,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, compact
             "base_dtype": str(layer.weight.dtype).removeprefix("torch."),
         }
         weight, bias = layer.base_parameters()
+        _require_values(name, weight)
         bias = None if bias is None else full_tensor(bias)
         stored["base_sketch"] = sketch(augmented(full_tensor(weight), bias))
         if isinstance(layer, FusedAdaMSSLinear):
@@ -223,8 +225,7 @@ def _load_layer(model: nn.Module, name: str, checkpoint: _Checkpoint, strict: bo
         )
         raise ValueError(f"{name}: the adapter was trained on a weight of shape {expected}, got {got}")
 
-    if weight.is_meta:
-        raise ValueError(f"{name}: the base weight is on the meta device; load the base model's weights first")
+    _require_values(name, weight)
     _check_base(name, sketch(augmented(weight, bias)), checkpoint.take(f"layers.{name}.base_sketch", (8, 8)), strict)
     load = _load_related if "method" in info else _load_adamss
     return load(name, weight, bias, checkpoint).train(module.training)
@@ -275,6 +276,11 @@ def _load_related(name: str, weight: Tensor, bias: Tensor | None, checkpoint: _C
     layer.load_state_dict({key: t.to(weight.device) for key, t in state.items()}, strict=False, assign=True)
     layer.modules_to_save = tuple(checkpoint.header["modules_to_save"])
     return layer
+
+
+def _require_values(name: str, weight: Tensor) -> None:
+    if weight.is_meta:
+        raise ValueError(f"{name}: the base weight is on the meta device; load the base model's weights first")
 
 
 def _check_base(name: str, found: Tensor, expected: Tensor, strict: bool) -> None:

@@ -31,7 +31,7 @@ def inject_adamss(model: nn.Module, config: AdaMSSConfig, *, progress: bool = Tr
         `model` itself.
 
     Raises:
-        ValueError: A pattern matches nothing, or `model` is itself the linear layer.
+        ValueError: A pattern matches nothing, or `model` is itself the linear layer or wrapped in DDP.
         TypeError: A target is not exactly an `nn.Linear` (but a subclass, a `Conv1D`, a quantised layer), so that its
             forward cannot be replaced safely, or its weight is quantised or sharded. The message names it.
     """
@@ -61,6 +61,10 @@ def replace_targets(
 
     if isinstance(model, nn.Linear):
         raise ValueError("model: is itself an nn.Linear, which cannot be replaced in place; use from_linear")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            "model: is wrapped in DDP, which would not see new parameters; adapt it before wrapping it"
+        )
     modules_to_save(model, choice.modules_to_save or ())
     targets = _targets(model, choice)
 
@@ -129,8 +133,9 @@ def _called(module: nn.Module, args: object) -> None:
 def merge_adapter(model: nn.Module) -> nn.Module:
     """Replace every adapted layer by a plain `nn.Linear` with the update folded in; there is no way back.
 
-    Parameters that other modules share (tied weights) keep their values there. Either all layers are replaced or, when
-    an error is raised, none.
+    Parameters that other modules share (tied weights) keep their values there; where that is the head of a
+    transformers model, set `model.config.tie_word_embeddings = False` before saving, or loading ties it again. Either
+    all layers are replaced or, when an error is raised, none.
 
     Args:
         model: Changed in place; what `inject_adamss`, `inject_adapter` or `load_adapter` has adapted, merged or not.

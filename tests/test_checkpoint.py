@@ -266,6 +266,9 @@ def test_a_base_without_values_is_refused_by_name(tmp_path):
         model = base_model()
     with pytest.raises(ValueError, match="first: the base weight is on the meta device; load the base model's weights"):
         load_adapter(model, tmp_path)
+    with pytest.raises(ValueError, match="first: the base weight is on the meta device"):
+        save_adapter(inject_adamss(model, AdaMSSConfig(r=4), progress=False), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_compiled_models_are_looked_through(tmp_path):

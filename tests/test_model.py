@@ -182,6 +182,15 @@ def test_a_bare_linear_cannot_be_replaced_in_place():
         inject_adamss(nn.Linear(3, 3), config(), progress=False)
 
 
+def test_a_model_in_ddp_is_refused_since_ddp_would_not_see_the_new_parameters():
+    wrapped = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(wrapped)
+    wrapped.module = Model()
+    with pytest.raises(ValueError, match="model: is wrapped in DDP, .* adapt it before wrapping it"):
+        inject_adamss(wrapped, config(), progress=False)
+    assert not adapted(wrapped)
+
+
 def test_progress_names_each_layer(capsys):
     inject_adamss(Model(), config(target_modules=["query"]))
     shown = capsys.readouterr().err
