@@ -62,9 +62,7 @@ def replace_targets(
     if isinstance(model, nn.Linear):
         raise ValueError("model: is itself an nn.Linear, which cannot be replaced in place; use from_linear")
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise ValueError(
-            "model: is wrapped in DDP, which would not see new parameters; adapt it before wrapping it"
-        )
+        raise ValueError("model: is wrapped in DDP, which would not see new parameters; adapt it before wrapping it")
     modules_to_save(model, choice.modules_to_save or ())
     targets = _targets(model, choice)
 
