@@ -226,6 +226,7 @@ def _targets(model: nn.Module, config: AdaMSSConfig) -> dict[str, nn.Linear]:
     if not targets:
         candidates = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if type(m) is nn.Linear})
         kind = " as a regular expression for whole names" if isinstance(config.target_modules, str) else ""
+        kind += f" outside modules_to_save={config.modules_to_save}" if config.modules_to_save else ""
         raise ValueError(
             f"target_modules={config.target_modules!r} (layers_to_transform={config.layers_to_transform!r}) matches "
             f"no linear layer{kind}; names of linear layers in this model end in {candidates}"

@@ -84,6 +84,10 @@ def test_patterns_match_as_in_peft(options, expected):
     [
         ({"target_modules": ["querry"]}, r"matches no linear layer; .* \['classifier', 'dense', 'query', 'value'\]"),
         ({"target_modules": ["query"], "layers_to_transform": 7}, "matches no linear layer"),
+        (
+            {"target_modules": ["query"], "modules_to_save": ["query"]},
+            r"linear layer outside modules_to_save=\('query',\)",
+        ),
         ({"target_modules": "query"}, r"matches no linear layer as a regular expression for whole names; .*'query'"),
         ({"modules_to_save": ["head"]}, r"modules_to_save: 'head' matches no module; .*'classifier'"),
     ],
