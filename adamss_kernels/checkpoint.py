@@ -195,9 +195,13 @@ def _read(path: Path) -> _Checkpoint:
         raise ValueError(f"{path}: not a complete safetensors file ({error})") from error
     if "adamss_kernels" not in metadata:
         raise ValueError(f"{path}: a safetensors file, but not written by save_adapter")
-    header = json.loads(metadata["adamss_kernels"])
-    if header["format_version"] != FORMAT_VERSION:
-        raise ValueError(f"{path}: format version {header['format_version']}, this release reads {FORMAT_VERSION}")
+    try:
+        header = json.loads(metadata["adamss_kernels"])
+        version = header["format_version"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: has a damaged header ({type(error).__name__}: {error})") from error
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path}: format version {version}, this release reads {FORMAT_VERSION}")
     return _Checkpoint(path, header, tensors)
 
 
@@ -236,7 +240,10 @@ def _load_adamss(name: str, weight: Tensor, bias: Tensor | None, checkpoint: _Ch
     stored_config = info.get("config", checkpoint.header.get("config"))
     if stored_config is None:
         raise ValueError(f"{checkpoint.path}: has an AdaMSS layer {name!r} but no config")
-    config = AdaMSSConfig(**stored_config)
+    try:
+        config = AdaMSSConfig(**stored_config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{checkpoint.path}: layer {name!r}: has a config of another release ({error})") from error
     (N, D), R, ranks = weight.shape, info["r"], tuple(info["ranks"])
     rho, K = sum(ranks), len(ranks)
     shapes = {"B": (rho, R), "C": (N, max(ranks)), "row_subspace": (N,), "ranks": (K,)}

@@ -22,7 +22,7 @@ from .frozen_linear import plain_linear
 from .importance import full_tensor
 from .layout import SubspaceLayout, block_diagonal, column_mask
 from .linear import FusedAdaMSSLinear
-from .model import adamss_layers, modules_to_save, names_to_save, replace_modules, saved_modules, unwrap
+from .model import adamss_layers, adapted_layers, modules_to_save, names_to_save, replace_modules, saved_modules, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +61,10 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str], *, progress
         The path of the safetensors file.
 
     Raises:
-        ValueError: `model` has no AdaMSS layer, or PEFT could not load the checkpoint with equal outputs: a row
-            assignment that it would not rebuild from this base weight, a layer registered under two names, layers made
-            with different configs, or a name in `modules_to_save` that means more modules there. Nothing is written.
+        ValueError: `model` has no AdaMSS layer or one of another method besides, or PEFT could not load the checkpoint
+            with equal outputs: a row assignment that it would not rebuild from this base weight, a layer registered
+            under two names, layers made with different configs, or a name in `modules_to_save` that means more modules
+            there. Nothing is written.
     """
     from tqdm.auto import tqdm
 
@@ -117,8 +118,8 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], *, bias: bo
         The path of the safetensors file.
 
     Raises:
-        ValueError: `model` has no AdaMSS layer, none contributes, or one is registered under two names. Nothing is
-            written.
+        ValueError: `model` has no AdaMSS layer or one of another method besides, none contributes, or one is registered
+            under two names. Nothing is written.
     """
     root, layers = unwrap(model), _exportable_layers(model)
     tensors = _saved_modules(root)
@@ -245,6 +246,11 @@ def _exportable_layers(model: nn.Module) -> dict[str, FusedAdaMSSLinear]:
     layers = adamss_layers(root)
     if not layers:
         raise ValueError("model: has no FusedAdaMSSLinear; adapt it with inject_adamss first")
+    for name, layer in adapted_layers(root).items():
+        if name not in layers:
+            raise ValueError(
+                f"{name}: is a {type(layer).__name__}, whose update would be left out; only AdaMSS has an export"
+            )
     for name, module in root.named_modules(remove_duplicate=False):
         if isinstance(module, FusedAdaMSSLinear) and name not in layers:
             first = next(n for n, layer in layers.items() if layer is module)

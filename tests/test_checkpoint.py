@@ -171,6 +171,14 @@ DAMAGE = {
         lambda d: rewrite(d, change_header=lambda h: h.update(format_version=99)),
         "format version 99, this release reads 1",
     ),
+    "unknown setting": (
+        lambda d: rewrite(d, change_header=lambda h: h["config"].update(warp=9)),
+        "layer 'first': has a config of another release .*unexpected keyword argument 'warp'",
+    ),
+    "no version": (
+        lambda d: rewrite(d, change_header=lambda h: h.pop("format_version")),
+        "has a damaged header .*format_version",
+    ),
     "foreign file": (
         lambda d: save_file({"a": torch.zeros(1)}, d / TENSORS_FILE),
         "not written by save_adapter",
