@@ -119,6 +119,15 @@ class FusedAdaMSSLinear(FrozenLinear):
             self.config.backend,
         )
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Kernels read K bytes there, whatever it is.
+        if name in ("active", "trainable"):
+            K = self._layout.num_subspaces
+            if not isinstance(value, Tensor) or value.dtype != torch.bool or tuple(value.shape) != (K,):
+                got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"{name}: expected a bool tensor of shape ({K},), got {got}")
+        super().__setattr__(name, value)
+
     def summarize_masks(self) -> None:
         """Set `contributes` and `learns` from the masks: call after editing `active` or `trainable` (synchronises)."""
         self.contributes, self.learns = torch.stack((self.active.any(), (self.active & self.trainable).any())).tolist()

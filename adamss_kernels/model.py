@@ -193,7 +193,7 @@ def adapted_layers(model: nn.Module) -> dict[str, FrozenLinear]:
 
 
 def adamss_layers(model: nn.Module) -> dict[str, FusedAdaMSSLinear]:
-    """Return the adapted layers of `model` by name, each once, in registration order."""
+    """Return the AdaMSS layers of `model` by name, each once, in registration order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, FusedAdaMSSLinear)}
 
 

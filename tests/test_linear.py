@@ -183,6 +183,17 @@ def test_masks_survive_state_dict_copy_and_mode_changes():
         assert candidate.trainable.tolist() == [True, True, False]
 
 
+@pytest.mark.parametrize("name", ["active", "trainable"])
+@pytest.mark.parametrize("mask", [torch.ones(2, dtype=torch.bool), torch.ones(3), [True, False, True]])
+def test_a_mask_that_does_not_fit_is_refused_when_it_is_assigned(name, mask):
+    layer = make_layer()
+    with pytest.raises(ValueError, match=rf"{name}: expected a bool tensor of shape \(3,\), got"):
+        setattr(layer, name, mask)
+    setattr(layer, name, torch.tensor([True, False, True]))
+    assert getattr(layer, name).tolist() == [True, False, True]
+    assert name in dict(layer.named_buffers())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_autocast_gives_the_dtype_of_nn_linear(dtype):
     layer = make_layer().to(dtype)
