@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import AdaMSSConfig
+from .config import AdaMSSConfig, require_config
 from .importance import ImportanceBank, RowStack, accumulate, build_banks, full_tensor, measure
 from .model import adamss_layers, unwrap
 
@@ -50,6 +50,10 @@ def keep_above_threshold(scores: Tensor, candidates: Tensor, budget: int) -> Ten
     return candidates & (scores > among.sort(descending=True).values[budget - 1])
 
 
+_STATE = ("importance", "uncertainty", "trainable", "active", "scored_steps", "history")
+"""Keys of an allocator's state dict."""
+
+
 class SubspaceAllocator:
     """Scores every subspace during warmup and freezes the least important ones on schedule.
 
@@ -71,9 +75,11 @@ class SubspaceAllocator:
             config: Uses the fields `asa_*`, `init_warmup`, `final_warmup` and `mask_interval`.
 
         Raises:
+            TypeError: `config` is no `AdaMSSConfig`.
             ValueError: The model has no AdaMSS layer, `use_asa` is off, or `asa_compat="peft"` is combined with the
                 layer scope, which PEFT does not have.
         """
+        require_config(config)
         self._layers = adamss_layers(unwrap(model))
         if not self._layers:
             raise ValueError("model: has no FusedAdaMSSLinear; adapt it with inject_adamss first")
@@ -103,10 +109,13 @@ class SubspaceAllocator:
                 through. Its parameters include those of the adapted layers.
 
         Raises:
+            TypeError: `optimizer` is no `torch.optim.Optimizer`.
             ValueError: The optimizer trains no adapted layer.
         """
         inner = getattr(optimizer, "optimizer", None)
         optimizer = inner if isinstance(inner, torch.optim.Optimizer) else optimizer
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got a {type(optimizer).__qualname__}")
         if optimizer in self._attached:
             return
         ours = {id(p) for layer in self._layers.values() for p in (layer.B, layer.C)}
@@ -172,8 +181,11 @@ class SubspaceAllocator:
         """Continue from what `state_dict` returned, masks included; under FSDP every rank calls it.
 
         Raises:
-            ValueError: The layers or shapes are not those of this model.
+            ValueError: An entry is missing, or the layers or shapes are not those of this model. Nothing is changed.
         """
+        missing = [key for key in _STATE if key not in state_dict]
+        if missing:
+            raise ValueError(f"state_dict: expected the entries {list(_STATE)}, got none for {missing}")
         for name, layer in self._layers.items():
             for key, mask in (("trainable", layer.trainable), ("active", layer.active)):
                 if name not in state_dict[key]:
@@ -183,6 +195,9 @@ class SubspaceAllocator:
                     raise ValueError(
                         f"state_dict[{key!r}][{name!r}]: expected shape {tuple(mask.shape)}, got {tuple(stored.shape)}"
                     )
+        for stack in self._stacks():
+            for key in ("importance", "uncertainty"):
+                stack.require(state_dict[key])
         for stack in self._stacks():
             stack.load(stack.importance, state_dict["importance"])
             stack.load(stack.uncertainty, state_dict["uncertainty"])
@@ -266,7 +281,7 @@ class SubspaceAllocator:
                 continue
             if not scores[scope][candidates].any():
                 consequence = "nothing is pruned" if exact else "everything is frozen, as in PEFT"
-                warnings.warn(f"ASA step {step}: all scores are zero, so {consequence}", stacklevel=3)
+                warnings.warn(f"ASA step {step}: all scores are zero, so {consequence}", stacklevel=4)
                 if exact:
                     continue
             select = keep_top if exact else keep_above_threshold

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from .adapters import METHODS, AdapterLinear
 from .atomic import replace_file
 from .config import AdaMSSConfig
-from .decompose import Decomposition, decompose
-from .frozen_linear import FrozenLinear
+from .decompose import Decomposition, augmented, decompose
+from .frozen_linear import FrozenLinear, plain_linear
+from .importance import full_tensor
 from .layout import SubspaceLayout
 from .linear import FusedAdaMSSLinear
-from .model import adapted_layers, modules_to_save, plain_linear, replace_modules, unwrap
+from .model import adapted_layers, replace_modules, saved_modules, unwrap
 from .sketch import relative_difference, sketch
 
 TENSORS_FILE = "adapter.safetensors"
@@ -61,7 +62,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, compact
         The path of the safetensors file.
 
     Raises:
-        ValueError: `model` has no adapted layer, or `compact` is asked of a method other than AdaMSS.
+        ValueError: `model` has no adapted layer, one is on the meta device, or `compact` is asked of a method other
+            than AdaMSS.
     """
     from safetensors.torch import save_file
 
@@ -79,7 +81,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, compact
     }
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        stored = {key: _whole(t) for key, t in layer.state_dict().items() if key not in ("weight", "bias")}
+        stored = {key: full_tensor(t) for key, t in layer.state_dict().items() if key not in ("weight", "bias")}
         info = header["layers"][name] = {
             "out_features": layer.out_features,
             "in_features": layer.in_features,
@@ -87,9 +89,13 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, compact
             "base_dtype": str(layer.weight.dtype).removeprefix("torch."),
         }
         weight, bias = layer.base_parameters()
-        stored["base_sketch"] = sketch(augmented(_whole(weight), _whole(bias)))
+        _require_values(name, weight)
+        bias = None if bias is None else full_tensor(bias)
+        stored["base_sketch"] = sketch(augmented(full_tensor(weight), bias))
         if isinstance(layer, FusedAdaMSSLinear):
-            header.setdefault("config", layer.config.to_dict())
+            config = layer.config.to_dict()
+            if header.setdefault("config", config) != config:
+                info["config"] = config
             info |= {"r": layer.basis.shape[0], "ranks": list(layer.layout.ranks)}
             if compact:
                 stored["basis_sketch"] = sketch(augmented(layer.basis, layer.basis_bias))
@@ -99,10 +105,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, compact
                 raise ValueError(f"compact: {name} is a {type(layer).__name__}, which has no basis that can be rebuilt")
             info |= {"method": layer.method, "options": layer.options}
         tensors |= {f"layers.{name}.{key}": t for key, t in stored.items()}
-    names = dict.fromkeys(name for layer in layers.values() for name in layer.modules_to_save)
-    for name, module in modules_to_save(model, names).items():
+    for name, module in saved_modules(model).items():
         header["modules_to_save"].append(name)
-        tensors |= {f"modules.{name}.{key}": _whole(t) for key, t in module.state_dict().items()}
+        tensors |= {f"modules.{name}.{key}": full_tensor(t) for key, t in module.state_dict().items()}
 
     # Copies: safetensors refuses tensors that share memory.
     tensors = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
@@ -146,7 +151,9 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], *, strict:
     if extra:
         raise ValueError(f"{path}: has no layer {min(extra)!r}, which is adapted in this model")
 
-    layers = {name: _load_layer(root, name, checkpoint, strict) for name in checkpoint.header["layers"]}
+    layers: dict[str, FrozenLinear] = {}
+    for name in checkpoint.header["layers"]:
+        layers[name] = _load_layer(root, name, checkpoint, strict)
     saved = {name: _loaded_module(root, name, checkpoint) for name in checkpoint.header["modules_to_save"]}
     unused = checkpoint.tensors.keys() - checkpoint.used
     if unused:
@@ -154,7 +161,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], *, strict:
 
     for name, state in saved.items():
         root.get_submodule(name).load_state_dict(state)
-    replace_modules(root, layers, [root.get_submodule(name) for name in saved])
+    replace_modules(root, layers)
     return model
 
 
@@ -163,7 +170,6 @@ class _Checkpoint:
 
     def __init__(self, path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self.path, self.header, self.tensors = path, header, tensors
-        self.config = AdaMSSConfig(**header["config"]) if "config" in header else None
         self.used: set[str] = set()
 
     def take(self, key: str, shape: tuple[int, ...]) -> Tensor:
@@ -189,9 +195,13 @@ def _read(path: Path) -> _Checkpoint:
         raise ValueError(f"{path}: not a complete safetensors file ({error})") from error
     if "adamss_kernels" not in metadata:
         raise ValueError(f"{path}: a safetensors file, but not written by save_adapter")
-    header = json.loads(metadata["adamss_kernels"])
-    if header["format_version"] != FORMAT_VERSION:
-        raise ValueError(f"{path}: format version {header['format_version']}, this release reads {FORMAT_VERSION}")
+    try:
+        header = json.loads(metadata["adamss_kernels"])
+        version = header["format_version"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: has a damaged header ({type(error).__name__}: {error})") from error
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path}: format version {version}, this release reads {FORMAT_VERSION}")
     return _Checkpoint(path, header, tensors)
 
 
@@ -205,9 +215,11 @@ def _load_layer(model: nn.Module, name: str, checkpoint: _Checkpoint, strict: bo
     if type(module) is nn.Linear:
         weight, bias = plain_linear(name, module).weight, module.bias
     elif isinstance(module, FrozenLinear):
-        weight, bias = module.base_parameters()
-        weight = nn.Parameter(weight.to(module.weight.device), requires_grad=False)
-        bias = None if bias is None else nn.Parameter(bias.to(module.weight.device), requires_grad=False)
+        weight, bias = module.weight, module.bias
+        if module.merged:
+            weight, bias = module.base_parameters()
+            weight = nn.Parameter(weight.to(module.weight), requires_grad=False)
+            bias = None if bias is None else nn.Parameter(bias.to(module.weight), requires_grad=False)
     else:
         raise ValueError(f"{name}: expected an nn.Linear or an adapted one, got {type(module).__qualname__}")
     if tuple(weight.shape) != (N, D) or (bias is not None) != info["bias"]:
@@ -217,16 +229,21 @@ def _load_layer(model: nn.Module, name: str, checkpoint: _Checkpoint, strict: bo
         )
         raise ValueError(f"{name}: the adapter was trained on a weight of shape {expected}, got {got}")
 
+    _require_values(name, weight)
     _check_base(name, sketch(augmented(weight, bias)), checkpoint.take(f"layers.{name}.base_sketch", (8, 8)), strict)
     load = _load_related if "method" in info else _load_adamss
     return load(name, weight, bias, checkpoint).train(module.training)
 
 
 def _load_adamss(name: str, weight: Tensor, bias: Tensor | None, checkpoint: _Checkpoint) -> FrozenLinear:
-    config = checkpoint.config
-    if config is None:
-        raise ValueError(f"{checkpoint.path}: has an AdaMSS layer {name!r} but no config")
     info = checkpoint.header["layers"][name]
+    stored_config = info.get("config", checkpoint.header.get("config"))
+    if stored_config is None:
+        raise ValueError(f"{checkpoint.path}: has an AdaMSS layer {name!r} but no config")
+    try:
+        config = AdaMSSConfig(**stored_config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{checkpoint.path}: layer {name!r}: has a config of another release ({error})") from error
     (N, D), R, ranks = weight.shape, info["r"], tuple(info["ranks"])
     rho, K = sum(ranks), len(ranks)
     shapes = {"B": (rho, R), "C": (N, max(ranks)), "row_subspace": (N,), "ranks": (K,)}
@@ -266,6 +283,11 @@ def _load_related(name: str, weight: Tensor, bias: Tensor | None, checkpoint: _C
     layer.load_state_dict({key: t.to(weight.device) for key, t in state.items()}, strict=False, assign=True)
     layer.modules_to_save = tuple(checkpoint.header["modules_to_save"])
     return layer
+
+
+def _require_values(name: str, weight: Tensor) -> None:
+    if weight.is_meta:
+        raise ValueError(f"{name}: the base weight is on the meta device; load the base model's weights first")
 
 
 def _check_base(name: str, found: Tensor, expected: Tensor, strict: bool) -> None:
@@ -330,13 +352,3 @@ def wait_for_writer(model: nn.Module) -> None:
 def _device_mesh(model: nn.Module) -> Any:
     """Return the `DeviceMesh` that `fully_shard` spread the parameters over, or None."""
     return next((p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")), None)
-
-
-def _whole(tensor: Any) -> Any:
-    """Gather a DTensor (a collective call); everything else is returned as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def augmented(weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return [weight | bias], the matrix that is decomposed."""
-    return weight.detach() if bias is None else torch.cat((weight.detach(), bias.detach()[:, None]), dim=1)

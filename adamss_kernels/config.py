@@ -117,6 +117,8 @@ class AdaMSSConfig:
         self._normalise_names("target_modules", regex=True)
         self._normalise_names("modules_to_save")
         self._normalise_names("layers_pattern")
+        for pattern in self.layers_pattern or ():
+            self._require_pattern("layers_pattern", pattern)
         if self.layers_to_transform is not None:
             value: Any = self.layers_to_transform
             indices = tuple(value) if isinstance(value, Iterable) else (value,)
@@ -143,21 +145,34 @@ class AdaMSSConfig:
             return
         if isinstance(value, str):
             if regex:
-                try:
-                    re.compile(value)
-                except re.error as error:
-                    raise ValueError(f"AdaMSSConfig.{field} = {value!r}: not a regular expression: {error}") from None
+                self._require_pattern(field, value)
                 return
             value = (value,)
+        expected = "a non-empty list of module names" + (" or a regular expression" if regex else "")
+        self._require(field, isinstance(value, Iterable), expected)
+        names = tuple(value)
+        self._require(field, bool(names) and all(isinstance(name, str) and name for name in names), expected)
         # A set has no order of its own; sorting keeps equal configs equal.
-        names = tuple(sorted(value) if isinstance(value, (set, frozenset)) else value)
-        valid = bool(names) and all(isinstance(name, str) and name for name in names)
-        self._require(field, valid, "a non-empty list of module names" + (" or a regular expression" if regex else ""))
-        object.__setattr__(self, field, names)
+        object.__setattr__(self, field, tuple(sorted(names)) if isinstance(value, (set, frozenset)) else names)
+
+    def _require_pattern(self, field: str, pattern: str) -> None:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"AdaMSSConfig.{field} = {getattr(self, field)!r}: not a regular expression: {error}"
+            ) from None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-serialisable values; `AdaMSSConfig(**d)` restores the config."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+
+def require_config(config: object) -> None:
+    """Raise a TypeError for what is no `AdaMSSConfig`, say the config of PEFT, which is alike but for some fields."""
+    if not isinstance(config, AdaMSSConfig):
+        kind = f"{type(config).__module__}.{type(config).__qualname__}"
+        raise TypeError(f"config: expected an adamss_kernels.AdaMSSConfig, got a {kind}")
 
 
 def _is_int(value: object) -> bool:

@@ -59,17 +59,16 @@ def decompose(weight: Tensor, bias: Tensor | None, config: AdaMSSConfig, *, name
     if weight.is_meta:
         return _shapes_only(weight, bias, config, param_dtype)
 
-    augmented = weight.detach() if bias is None else torch.cat((weight.detach(), bias.detach()[:, None]), dim=1)
-    augmented = augmented.to(torch.float32)
-    if not torch.isfinite(torch.stack(torch.aminmax(augmented))).all():
+    matrix = augmented(weight, bias).to(torch.float32)
+    if not torch.isfinite(torch.stack(torch.aminmax(matrix))).all():
         raise ValueError(f"{name}: expected finite values, found NaN or infinity in the weight or bias")
 
-    R = min(config.r, *augmented.shape)
+    R = min(config.r, *matrix.shape)
     if config.subspace_rank > R:
         message = f"{name}: subspace_rank={config.subspace_rank} exceeds the rank of the basis and is clamped to {R}"
         warnings.warn(message, stacklevel=2)
     with _seeded(weight.device, config.random_seed):
-        U, A = _truncated_svd(augmented, R)
+        U, A = _truncated_svd(matrix, R)
         row_subspace = _cluster_rows(U, config.num_subspaces, name).to(weight.device)
         directions = [_subspace_directions(U[row_subspace == k], config) for k in range(int(row_subspace.max()) + 1)]
     ranks = tuple(B_k.shape[0] for B_k in directions)
@@ -86,6 +85,11 @@ def decompose(weight: Tensor, bias: Tensor | None, config: AdaMSSConfig, *, name
     basis = A if bias is None else A[:, :-1]
     basis_bias = None if bias is None else A[:, -1].to(weight.dtype).contiguous()
     return Decomposition(basis.to(weight.dtype).contiguous(), basis_bias, layout, B, C)
+
+
+def augmented(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return [weight | bias], the matrix that is decomposed."""
+    return weight.detach() if bias is None else torch.cat((weight.detach(), bias.detach()[:, None]), dim=1)
 
 
 def _truncated_svd(matrix: Tensor, R: int) -> tuple[Tensor, Tensor]:

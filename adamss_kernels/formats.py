@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from .atomic import replace_file
-from .checkpoint import SAME_BASIS, augmented, is_writer, wait_for_writer
+from .checkpoint import SAME_BASIS, is_writer, wait_for_writer
 from .config import ASA_FIELDS, AdaMSSConfig
-from .decompose import Decomposition, decompose
+from .decompose import Decomposition, augmented, decompose
+from .frozen_linear import plain_linear
 from .importance import full_tensor
 from .layout import SubspaceLayout, block_diagonal, column_mask
 from .linear import FusedAdaMSSLinear
-from .model import adamss_layers, modules_to_save, plain_linear, replace_modules, unwrap
+from .model import adamss_layers, adapted_layers, modules_to_save, names_to_save, replace_modules, saved_modules, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -60,24 +61,25 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str], *, progress
         The path of the safetensors file.
 
     Raises:
-        ValueError: `model` has no AdaMSS layer, or PEFT could not load the checkpoint with equal outputs: a row
-            assignment that it would not rebuild from this base weight, a layer registered under two names, layers made
-            with different configs, or a name in `modules_to_save` that means more modules there. Nothing is written.
+        ValueError: `model` has no AdaMSS layer or one of another method besides, or PEFT could not load the checkpoint
+            with equal outputs: a row assignment that it would not rebuild from this base weight, a layer registered
+            under two names, layers made with different configs, or a name in `modules_to_save` that means more modules
+            there. Nothing is written.
     """
     from tqdm.auto import tqdm
 
     root, layers = unwrap(model), _exportable_layers(model)
     config = next(iter(layers.values())).config
-    tensors = _saved_modules(root, config)
+    tensors = _saved_modules(root)
     frozen, bases = 0, []
     with tqdm(layers.items(), desc="PEFT rows", unit="layer", disable=not progress) as bar:
         for name, layer in bar:
             bar.set_postfix_str(name)
             if _decomposition_fields(layer.config) != _decomposition_fields(config):
                 raise ValueError(f"{name}: made with {layer.config}, but PEFT has one config for all layers: {config}")
-            weight, bias = (None if t is None else full_tensor(t) for t in layer.base_parameters())
-            assert weight is not None
-            _require_peft_rows(name, layer, decompose(weight, bias, config, name=name).layout)
+            weight, bias = layer.base_parameters()
+            bias = None if bias is None else full_tensor(bias)
+            _require_peft_rows(name, layer, decompose(full_tensor(weight), bias, config, name=name).layout)
             contributes = layer.active[layer.row_subspace.long()][:, None]
             B, C = layer.layout.unpack(full_tensor(layer.B), full_tensor(layer.C).where(contributes, 0))
             prefix = f"{_PREFIX}{name}."
@@ -93,7 +95,7 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str], *, progress
     # PEFT fails on a rank above R before it reads the file; the file's shapes replace those it then makes.
     header["subspace_rank"] = min(config.subspace_rank, *bases)
     header["layers_to_transform"] = header["layers_pattern"] = None
-    header |= _common_header("ADAMSS", root, layers, config)
+    header |= _common_header("ADAMSS", root, layers)
     return _write_checkpoint(model, directory, header, tensors)
 
 
@@ -116,12 +118,11 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], *, bias: bo
         The path of the safetensors file.
 
     Raises:
-        ValueError: `model` has no AdaMSS layer, none contributes, or one is registered under two names. Nothing is
-            written.
+        ValueError: `model` has no AdaMSS layer or one of another method besides, none contributes, or one is registered
+            under two names. Nothing is written.
     """
     root, layers = unwrap(model), _exportable_layers(model)
-    config = next(iter(layers.values())).config
-    tensors = _saved_modules(root, config)
+    tensors = _saved_modules(root)
     factors = {name: _lora_factors(layer) for name, layer in layers.items() if layer.active.any()}
     if not factors:
         raise ValueError("model: no subspace contributes (all were pruned), and a LoRA checkpoint needs a rank >= 1")
@@ -153,7 +154,7 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], *, bias: bo
         "use_rslora": False,
         "use_dora": False,
     }
-    header |= _common_header("LORA", root, {name: layers[name] for name in factors}, config)
+    header |= _common_header("LORA", root, factors)
     return _write_checkpoint(model, directory, header, tensors)
 
 
@@ -217,7 +218,7 @@ def import_peft(model: nn.Module, directory: str | os.PathLike[str], *, progress
         raise ValueError(f"{path}: has a tensor {min(tensors)!r} that belongs to no adapted layer or saved module")
     for name, state in saved.items():
         model.get_submodule(name).load_state_dict(state)
-    replace_modules(model, layers, [model.get_submodule(name) for name in saved])
+    replace_modules(model, layers)
     return model
 
 
@@ -245,6 +246,11 @@ def _exportable_layers(model: nn.Module) -> dict[str, FusedAdaMSSLinear]:
     layers = adamss_layers(root)
     if not layers:
         raise ValueError("model: has no FusedAdaMSSLinear; adapt it with inject_adamss first")
+    for name, layer in adapted_layers(root).items():
+        if name not in layers:
+            raise ValueError(
+                f"{name}: is a {type(layer).__name__}, whose update would be left out; only AdaMSS has an export"
+            )
     for name, module in root.named_modules(remove_duplicate=False):
         if isinstance(module, FusedAdaMSSLinear) and name not in layers:
             first = next(n for n, layer in layers.items() if layer is module)
@@ -273,10 +279,10 @@ def _require_peft_rows(name: str, layer: FusedAdaMSSLinear, rebuilt: SubspaceLay
         )
 
 
-def _saved_modules(root: nn.Module, config: AdaMSSConfig) -> dict[str, Tensor]:
+def _saved_modules(root: nn.Module) -> dict[str, Tensor]:
     return {
         f"{_PREFIX}{name}.{key}": full_tensor(tensor)
-        for name, module in modules_to_save(root, config.modules_to_save or ()).items()
+        for name, module in saved_modules(root).items()
         for key, tensor in module.state_dict().items()
     }
 
@@ -295,9 +301,9 @@ def _lora_factors(layer: FusedAdaMSSLinear) -> tuple[Tensor, Tensor, Tensor | No
     return (B_active @ layer.basis.double()).to(B.dtype), dense.to(C.dtype), bias_update
 
 
-def _common_header(kind: str, root: nn.Module, names: Iterable[str], config: AdaMSSConfig) -> dict[str, Any]:
+def _common_header(kind: str, root: nn.Module, names: Iterable[str]) -> dict[str, Any]:
     """Return the fields of `adapter_config.json` that every kind of adapter has."""
-    saved = list(modules_to_save(root, config.modules_to_save or ()))
+    saved = list(saved_modules(root))
     base = getattr(getattr(root, "config", None), "_name_or_path", None)
     return {
         "peft_type": kind,
@@ -305,7 +311,7 @@ def _common_header(kind: str, root: nn.Module, names: Iterable[str], config: Ada
         "task_type": None,
         "inference_mode": True,
         "target_modules": _target_modules(root, set(names), saved),
-        "modules_to_save": _peft_modules_to_save(root, saved, config),
+        "modules_to_save": _peft_modules_to_save(root, saved),
     }
 
 
@@ -319,12 +325,12 @@ def _target_modules(root: nn.Module, wanted: set[str], saved: list[str]) -> list
     return "|".join(re.escape(name) for name in sorted(wanted))
 
 
-def _peft_modules_to_save(root: nn.Module, saved: list[str], config: AdaMSSConfig) -> list[str] | None:
+def _peft_modules_to_save(root: nn.Module, saved: list[str]) -> list[str] | None:
     """Return names that PEFT, which compares the ends of names letter by letter, takes for exactly `saved`."""
     if not saved:
         return None
     everything = [name for name, _ in root.named_modules(remove_duplicate=False)]
-    for names in (list(config.modules_to_save or ()), saved):
+    for names in (names_to_save(root), saved):
         if {n for n in everything if any(n.endswith(name) for name in names)} == set(saved):
             return names
     extra = min(n for n in everything if any(n.endswith(name) for name in saved) and n not in saved)

@@ -51,6 +51,12 @@ class FrozenLinear(nn.Module):
         """Return the update of the bias: (N,), dtype as `delta_weight`; None where the bias is left alone."""
         return None
 
+    def _tensors(self) -> dict[str, Any]:
+        """Return the parameters by name; `DataParallel` makes them plain attributes of its copies."""
+        own = self.__dict__
+        parameters: dict[str, Any] = own if "_is_replica" in own else own["_parameters"]
+        return parameters
+
     def freeze_base(self) -> None:
         """Stop W and bias from training."""
         self.weight.requires_grad_(False)
@@ -72,6 +78,8 @@ class FrozenLinear(nn.Module):
             raise ValueError("merge: the merged weight or bias is not finite; the adapter has diverged")
         return weight, bias
 
+    # Outside of inference mode, whose tensors could never take part in training again.
+    @torch.inference_mode(False)
     @torch.no_grad()
     def merge(self, *, keep_original_on: str | torch.device = "cpu") -> None:
         """Fold the update into new `weight` and `bias` parameters; a no-op when already merged.
@@ -95,6 +103,7 @@ class FrozenLinear(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def unmerge(self) -> None:
         """Restore the original `weight` and `bias` bit for bit; a no-op when not merged."""
@@ -130,3 +139,30 @@ class FrozenLinear(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self.unmerge()
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def plain_linear(name: str, module: nn.Module) -> nn.Linear:
+    """Return `module` if it is a linear layer that can be adapted.
+
+    Raises:
+        TypeError: It is not exactly an `nn.Linear`, or its weight is not a plain floating-point parameter (but
+            quantised, sharded, or computed from others).
+    """
+    if type(module) is not nn.Linear:
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        raise TypeError(f"{name!r} is a {kind}; only torch.nn.Linear itself can be adapted")
+    weight: object = module.weight
+    if type(weight) is not nn.Parameter:
+        raise TypeError(
+            f"the weight of {name!r} is a {type(weight).__module__}.{type(weight).__qualname__}; only a plain "
+            "torch.nn.Parameter can be adapted, so adapt the model before it is quantised or sharded"
+        )
+    if weight.dtype not in _DTYPES:
+        raise TypeError(
+            f"the weight of {name!r} is of dtype {weight.dtype}; expected one of {_DTYPES}, so adapt the model before "
+            "it is quantised"
+        )
+    return module

@@ -262,19 +262,23 @@ class RowStack:
         return matrices
 
     def load(self, stacked: Tensor, matrices: Mapping[str, Tensor]) -> None:
-        """Fill `stacked` (rows, width) from what `export` returned, also when it was sharded otherwise.
+        """Fill `stacked` (rows, width) from what `export` returned, also when it was sharded otherwise."""
+        for member, part in zip(self.members, stacked.split(self._rows), strict=True):
+            part.copy_(self._local_rows(full_tensor(matrices[member.key])))
+
+    def require(self, matrices: Mapping[str, Tensor]) -> None:
+        """Check that `load` can take `matrices`.
 
         Raises:
             ValueError: A matrix is missing or has another shape than its parameter.
         """
-        for member, part in zip(self.members, stacked.split(self._rows), strict=True):
+        for member in self.members:
             expected = tuple(member.parameter.shape)
             if member.key not in matrices:
                 raise ValueError(f"state_dict: expected an entry for {member.key!r}, got none")
-            matrix = matrices[member.key]
-            if tuple(matrix.shape) != expected:
-                raise ValueError(f"state_dict: {member.key!r}: expected shape {expected}, got {tuple(matrix.shape)}")
-            part.copy_(self._local_rows(full_tensor(matrix)))
+            if tuple(matrices[member.key].shape) != expected:
+                got = tuple(matrices[member.key].shape)
+                raise ValueError(f"state_dict: {member.key!r}: expected shape {expected}, got {got}")
 
     def parameters(self) -> list[Tensor]:
         """Return `member.parameter` of every member, without its cost: this runs in every step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -32,7 +33,10 @@ class SubspaceLayout:
     offsets: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        ranks = tuple(int(rank) for rank in self.ranks)
+        try:
+            ranks = tuple(operator.index(rank) for rank in self.ranks)
+        except TypeError:
+            raise TypeError(f"ranks: expected integers, got {self.ranks!r}") from None
         object.__setattr__(self, "ranks", ranks)
         if not isinstance(self.row_subspace, Tensor) or self.row_subspace.dtype != torch.int32:
             got = getattr(self.row_subspace, "dtype", type(self.row_subspace).__name__)
@@ -114,8 +118,8 @@ class SubspaceLayout:
         if len(B) != self.num_subspaces or len(C) != self.num_subspaces:
             raise ValueError(f"B, C: expected {self.num_subspaces} matrices each, got {len(B)} and {len(C)}")
         for k, (B_k, C_k, n_k, r_k) in enumerate(zip(B, C, self.sizes, self.ranks, strict=True)):
-            if B_k.shape[0] != r_k:
-                raise ValueError(f"B[{k}]: expected {r_k} rows, got shape {tuple(B_k.shape)}")
+            if B_k.shape != (r_k, B[0].shape[-1]):
+                raise ValueError(f"B[{k}]: expected shape {(r_k, B[0].shape[-1])}, got {tuple(B_k.shape)}")
             if C_k.shape != (n_k, r_k):
                 raise ValueError(f"C[{k}]: expected shape {(n_k, r_k)}, got {tuple(C_k.shape)}")
         return torch.cat(list(B)), pack_columns(C, self.ragged_index(), self.num_rows, self.r_max)

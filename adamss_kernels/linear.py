@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .config import AdaMSSConfig
+from .config import AdaMSSConfig, require_config
 from .decompose import Decomposition, decompose
-from .frozen_linear import FrozenLinear
+from .frozen_linear import FrozenLinear, plain_linear
 from .functional import apply
 from .layout import SubspaceLayout, block_diagonal, column_mask
 
@@ -79,8 +79,11 @@ class FusedAdaMSSLinear(FrozenLinear):
             name: What messages call this layer.
 
         Raises:
-            ValueError: The weight is empty, not floating, or not finite.
+            TypeError: `linear` is not exactly an `nn.Linear` with a plain floating-point weight.
+            ValueError: The weight is empty or not finite.
         """
+        require_config(config)
+        plain_linear(name, linear)
         decomposition = decompose(linear.weight, linear.bias, config, name=name)
         layer = cls(linear.weight, linear.bias, decomposition, config).train(linear.training)
         layer.freeze_base()
@@ -96,12 +99,12 @@ class FusedAdaMSSLinear(FrozenLinear):
         if self.merged:
             return F.linear(x, self.weight, self.bias)
         # The layer's own tensors fit one another; `nn.Module.__getattr__` would cost a small layer a percent.
-        parameters: dict[str, Any] = self._parameters
+        parameters = self._tensors()
         buffers: dict[str, Any] = self._buffers
         return apply(
             x,
             parameters["weight"],
-            parameters["bias"],
+            parameters.get("bias"),
             buffers["basis"],
             buffers["basis_bias"],
             parameters["B"],
@@ -115,6 +118,15 @@ class FusedAdaMSSLinear(FrozenLinear):
             self.config.save_for_backward,
             self.config.backend,
         )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Kernels read K bytes there, whatever it is.
+        if name in ("active", "trainable"):
+            K = self._layout.num_subspaces
+            if not isinstance(value, Tensor) or value.dtype != torch.bool or tuple(value.shape) != (K,):
+                got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"{name}: expected a bool tensor of shape ({K},), got {got}")
+        super().__setattr__(name, value)
 
     def summarize_masks(self) -> None:
         """Set `contributes` and `learns` from the masks: call after editing `active` or `trainable` (synchronises)."""

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
-import torch
 from torch import nn
 
-from .config import AdaMSSConfig
+from .config import AdaMSSConfig, require_config
 from .decompose import decompose
-from .frozen_linear import FrozenLinear
+from .frozen_linear import FrozenLinear, plain_linear
 from .linear import FusedAdaMSSLinear
 
 
 def inject_adamss(model: nn.Module, config: AdaMSSConfig, *, progress: bool = True) -> nn.Module:
     """Replace the targeted `nn.Linear`s by `FusedAdaMSSLinear` and freeze everything else.
 
-    Trainable afterwards: B and C of every adapted layer, and all parameters under `config.modules_to_save`. A module
-    that is registered under several names is wrapped once and stays shared. Either all targets are replaced or, when
-    an error is raised, none.
+    Trainable afterwards: B and C of every adapted layer, and all parameters under `config.modules_to_save`. What an
+    earlier call has adapted is left as it is and trains too. A module that is registered under several names is
+    wrapped once and stays shared. Either all targets are replaced or, when an error is raised, none.
 
     Args:
         model: Changed in place.
@@ -31,10 +31,11 @@ def inject_adamss(model: nn.Module, config: AdaMSSConfig, *, progress: bool = Tr
         `model` itself.
 
     Raises:
-        ValueError: A pattern matches nothing, or `model` is itself the linear layer.
+        ValueError: A pattern matches nothing, or `model` is itself the linear layer or wrapped in DDP.
         TypeError: A target is not exactly an `nn.Linear` (but a subclass, a `Conv1D`, a quantised layer), so that its
             forward cannot be replaced safely, or its weight is quantised or sharded. The message names it.
     """
+    require_config(config)
 
     def build(linear: nn.Linear, name: str) -> FusedAdaMSSLinear:
         decomposition = decompose(linear.weight, linear.bias, config, name=name)
@@ -60,7 +61,9 @@ def replace_targets(
 
     if isinstance(model, nn.Linear):
         raise ValueError("model: is itself an nn.Linear, which cannot be replaced in place; use from_linear")
-    saved = modules_to_save(model, choice.modules_to_save or ())
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError("model: is wrapped in DDP, which would not see new parameters; adapt it before wrapping it")
+    modules_to_save(model, choice.modules_to_save or ())
     targets = _targets(model, choice)
 
     layers: dict[nn.Linear, FrozenLinear] = {}
@@ -69,25 +72,68 @@ def replace_targets(
             bar.set_postfix_str(name)
             if linear not in layers:
                 layers[linear] = build(linear, name).train(linear.training)
-    replace_modules(model, {name: layers[linear] for name, linear in targets.items()}, saved.values())
+    replace_modules(model, {name: layers[linear] for name, linear in targets.items()})
 
 
-def replace_modules(model: nn.Module, layers: Mapping[str, FrozenLinear], saved: Iterable[nn.Module]) -> None:
-    """Put `layers` in place under their names, then train their updates and the `saved` modules and nothing else."""
-    for name, layer in layers.items():
-        model.set_submodule(name, layer)
+def replace_modules(model: nn.Module, layers: Mapping[str, FrozenLinear]) -> None:
+    """Put `layers` in place under their names, then train all adapted layers' updates and what they save, no more."""
+    by_module = {model.get_submodule(name): layer for name, layer in layers.items()}
+    _swap(model, {**by_module, **layers})
+    _keep_calling(model)
     model.requires_grad_(False)
-    for layer in layers.values():
+    for layer in adapted_layers(model).values():
         layer.train_update()
-    for module in saved:
+    for module in saved_modules(model).values():
         module.requires_grad_(True)
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+def _swap(model: nn.Module, replacements: Mapping[Any, nn.Module]) -> None:
+    """Replace modules, given by name or for all their names by themselves, by ones that take over their hooks."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        new = replacements.get(name, replacements.get(module))
+        if new is not None:
+            for key in _HOOKS:
+                setattr(new, key, getattr(module, key))
+            model.set_submodule(name, new)
+
+
+def _keep_calling(model: nn.Module) -> None:
+    """Make PyTorch's transformer encoder call its adapted layers, whose weights alone it would use in eval mode.
+
+    There `nn.TransformerEncoderLayer` passes all its weights to one fused kernel, unless a module in it has a hook, and
+    `nn.TransformerEncoder` packs padded batches into nested tensors for that kernel.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and adapted_layers(module):
+            module.use_nested_tensor = False
+        elif isinstance(module, nn.TransformerEncoderLayer):
+            for layer in (module.linear1, module.linear2):
+                if isinstance(layer, FrozenLinear) and _called not in layer._forward_pre_hooks.values():
+                    layer.register_forward_pre_hook(_called)
+
+
+def _called(module: nn.Module, args: object) -> None:
+    """Do nothing: that there is a hook is all that counts."""
 
 
 def merge_adapter(model: nn.Module) -> nn.Module:
     """Replace every adapted layer by a plain `nn.Linear` with the update folded in; there is no way back.
 
-    Parameters that other modules share (tied weights) keep their values there. Either all layers are replaced or, when
-    an error is raised, none.
+    Parameters that other modules share (tied weights) keep their values there; where that is the head of a
+    transformers model, set `model.config.tie_word_embeddings = False` before saving, or loading ties it again. Either
+    all layers are replaced or, when an error is raised, none.
 
     Args:
         model: Changed in place; what `inject_adamss`, `inject_adapter` or `load_adapter` has adapted, merged or not.
@@ -108,9 +154,10 @@ def merge_adapter(model: nn.Module) -> nn.Module:
             raise ValueError(f"{name}: {error}") from error
     if not linears:
         raise ValueError("model: has no FusedAdaMSSLinear or adapter; use inject_adamss or inject_adapter first")
-    names = [name for name, module in model.named_modules(remove_duplicate=False) if module in linears]
-    for name in names:
-        model.set_submodule(name, linears[model.get_submodule(name)])
+    _swap(model, linears)
+    for linear in linears.values():
+        for key in [key for key, hook in linear._forward_pre_hooks.items() if hook is _called]:
+            del linear._forward_pre_hooks[key]
     return model
 
 
@@ -130,20 +177,30 @@ def modules_to_save(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Modu
     return found
 
 
+def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules that train and are saved with the adapted layers of `model`, by name."""
+    return modules_to_save(model, names_to_save(model))
+
+
+def names_to_save(model: nn.Module) -> list[str]:
+    """Return the names that the configs of the adapted layers of `model` have in `modules_to_save`."""
+    return list(dict.fromkeys(name for layer in adapted_layers(model).values() for name in layer.modules_to_save))
+
+
 def adapted_layers(model: nn.Module) -> dict[str, FrozenLinear]:
     """Return the layers of any method in `model` by name, each once, in registration order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, FrozenLinear)}
 
 
 def adamss_layers(model: nn.Module) -> dict[str, FusedAdaMSSLinear]:
-    """Return the adapted layers of `model` by name, each once, in registration order."""
+    """Return the AdaMSS layers of `model` by name, each once, in registration order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, FusedAdaMSSLinear)}
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Look through DDP (`module`) and `torch.compile` (`_orig_mod`), whose prefixes are not part of layer names."""
+    """Look through DDP, `DataParallel` and `torch.compile`, whose prefixes are not part of layer names."""
     while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
         elif hasattr(model, "_orig_mod"):
             model = model._orig_mod  # type: ignore[assignment]
@@ -168,38 +225,13 @@ def _targets(model: nn.Module, config: AdaMSSConfig) -> dict[str, nn.Linear]:
         targets[name] = plain_linear(name, module)
     if not targets:
         candidates = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if type(m) is nn.Linear})
+        kind = " as a regular expression for whole names" if isinstance(config.target_modules, str) else ""
+        kind += f" outside modules_to_save={config.modules_to_save}" if config.modules_to_save else ""
         raise ValueError(
             f"target_modules={config.target_modules!r} (layers_to_transform={config.layers_to_transform!r}) matches "
-            f"no linear layer; names of linear layers in this model end in {candidates}"
+            f"no linear layer{kind}; names of linear layers in this model end in {candidates}"
         )
     return targets
-
-
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def plain_linear(name: str, module: nn.Module) -> nn.Linear:
-    """Return `module` if it is a linear layer that can be adapted.
-
-    Raises:
-        TypeError: It is not exactly an `nn.Linear`, or its weight is not a plain floating-point parameter (but
-            quantised, sharded, or computed from others).
-    """
-    kind = f"{type(module).__module__}.{type(module).__qualname__}"
-    if type(module) is not nn.Linear:
-        raise TypeError(f"target_modules: {name!r} is a {kind}; only torch.nn.Linear itself can be adapted")
-    weight: object = module.weight
-    if type(weight) is not nn.Parameter:
-        raise TypeError(
-            f"target_modules: the weight of {name!r} is a {type(weight).__module__}.{type(weight).__qualname__}; only "
-            "a plain torch.nn.Parameter can be adapted, so adapt the model before it is quantised or sharded"
-        )
-    if weight.dtype not in _DTYPES:
-        raise TypeError(
-            f"target_modules: the weight of {name!r} is of dtype {weight.dtype}; expected one of {_DTYPES}, so adapt "
-            "the model before it is quantised"
-        )
-    return module
 
 
 def _matches(name: str, config: AdaMSSConfig) -> bool:

@@ -47,6 +47,9 @@ def test_bad_arguments_are_named_and_change_nothing():
         (("lora",), {"rank": 0}, "up: rank: expected an integer >= 1, got 0"),
         (("kronecker",), {"rank": 2, "rank_in": 1.5}, "up: rank_in: expected an integer >= 1, got 1.5"),
         (("randlora",), {"num_bases": 0}, "up: num_bases: expected an integer >= 1"),
+        (("lora",), {"alpha": "x"}, "up: alpha: expected a finite number, got 'x'"),
+        (("sinlora",), {"omega": None}, "up: omega: expected a finite number, got None"),
+        (("kradapter",), {"scaling": float("nan")}, "up: scaling: expected a finite number, got nan"),
         (("spectral_additive",), {"window": "middle"}, "up: window: expected 'top', 'bottom' or an index"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -62,7 +62,7 @@ def naive_weight(layer: AdapterLinear, p: dict[str, Tensor]) -> Tensor:
     W, o, b = layer.weight.detach(), layer.options, dict(layer.named_buffers())
     N, D = W.shape
     if layer.method == "lora":
-        return W + (1.0 if o["alpha"] is None else o["alpha"] / o["rank"]) * p["B"] @ p["A"]
+        return W + o["alpha"] / o["rank"] * p["B"] @ p["A"]
     if layer.method == "sinlora":
         return W + p.get("alpha", o["alpha"]) * torch.sin(p.get("omega", o["omega"]) * (p["B"] @ p["A"]))
     if layer.method == "randlora":

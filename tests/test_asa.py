@@ -319,8 +319,9 @@ def test_zero_scores_prune_nothing_and_warn():
         run.allocator.update_and_allocate(step)
     for layer in run.layers:
         layer.B.grad, layer.C.grad = torch.zeros_like(layer.B), torch.zeros_like(layer.C)
-    with pytest.warns(UserWarning, match="step 10: all scores are zero"):
+    with pytest.warns(UserWarning, match="step 10: all scores are zero") as caught:
         run.allocator.update_and_allocate(10)
+    assert caught[0].filename == __file__
     assert run.active() == TOTAL
 
 
@@ -371,6 +372,10 @@ def test_arguments_that_cannot_work_are_refused():
         SubspaceAllocator(model, config(asa_compat="peft", asa_scope="layer"))
     with pytest.raises(ValueError, match="trains B or C"):
         SubspaceAllocator(model, cfg).attach(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1))
+    with pytest.raises(TypeError, match=r"optimizer: expected a torch.optim.Optimizer, got a generator"):
+        SubspaceAllocator(model, cfg).attach(model.parameters())
+    with pytest.raises(TypeError, match="config: expected an adamss_kernels.AdaMSSConfig, got a builtins.dict"):
+        SubspaceAllocator(model, {"use_asa": True})
 
 
 # --- work that is skipped ---
@@ -512,6 +517,19 @@ def test_a_state_of_another_model_is_refused():
     other = Run(config(num_subspaces=4))
     with pytest.raises(ValueError, match=r"state_dict\['trainable'\]\['0'\]: expected shape \(4,\), got \(8,\)"):
         other.allocator.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"state_dict: expected the entries .*, got none for \['history'\]"):
+        other.allocator.load_state_dict({key: value for key, value in state.items() if key != "history"})
+
+
+def test_a_state_that_lacks_one_average_changes_nothing():
+    run = Run(config()).until(23)
+    state, own = run.allocator.state_dict(), Run(config()).until(18).allocator
+    before = own.state_dict()
+    del state["uncertainty"]["3.C"]
+    with pytest.raises(ValueError, match=r"state_dict: expected an entry for '3\.C', got none"):
+        own.load_state_dict(state)
+    for kind in ("importance", "uncertainty", "trainable"):
+        assert all(torch.equal(t, own.state_dict()[kind][key]) for key, t in before[kind].items())
 
 
 # --- to look at ---

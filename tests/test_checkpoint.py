@@ -88,6 +88,7 @@ def test_the_trained_update_is_applied_exactly_to_a_rounded_base(tmp_path):
     with pytest.warns(BaseWeightWarning, match="base weight differs from the one trained on by") as caught:
         load_adapter(rounded, tmp_path)
     assert {str(w.message).split(":")[0] for w in caught} == {"first", "second"}
+    assert all(w.filename == __file__ for w in caught)
     measured = float(str(caught[0].message).split(" by ")[1].split()[0])
     assert relative / 2 < measured < relative * 2
     for name, layer in adamss_layers(rounded).items():
@@ -170,6 +171,14 @@ DAMAGE = {
         lambda d: rewrite(d, change_header=lambda h: h.update(format_version=99)),
         "format version 99, this release reads 1",
     ),
+    "unknown setting": (
+        lambda d: rewrite(d, change_header=lambda h: h["config"].update(warp=9)),
+        "layer 'first': has a config of another release .*unexpected keyword argument 'warp'",
+    ),
+    "no version": (
+        lambda d: rewrite(d, change_header=lambda h: h.pop("format_version")),
+        "has a damaged header .*format_version",
+    ),
     "foreign file": (
         lambda d: save_file({"a": torch.zeros(1)}, d / TENSORS_FILE),
         "not written by save_adapter",
@@ -225,6 +234,49 @@ def test_a_failure_while_saving_leaves_the_previous_checkpoint_whole(tmp_path, m
     monkeypatch.undo()
     assert torch.equal(load_adapter(base_model(), tmp_path)(X), y)
     assert sorted(p.name for p in tmp_path.iterdir()) == [HEADER_FILE, TENSORS_FILE]
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_layers_adapted_with_different_configs_come_back_with_their_own(tmp_path, compact):
+    model = base_model()
+    inject_adamss(model, AdaMSSConfig(r=7, target_modules=["first"], modules_to_save=["head"]), progress=False)
+    inject_adamss(model, AdaMSSConfig(r=5, num_subspaces=2, target_modules=["second"]), progress=False)
+    randomise(model.first)
+    randomise(model.second)
+    save_adapter(model, tmp_path, compact=compact)
+    fresh = load_adapter(base_model(), tmp_path)
+    assert (fresh.first.config, fresh.second.config) == (model.first.config, model.second.config)
+    assert torch.equal(fresh(X), model(X))
+    assert fresh.head.weight.requires_grad
+
+
+def test_a_layer_with_two_names_is_loaded_under_both_and_tied_weights_stay_tied(tmp_path):
+    def shared() -> nn.Module:
+        model = base_model()
+        model.again = model.first
+        model.embedding = nn.Embedding(40, 48)
+        model.embedding.weight = model.first.weight
+        return model
+
+    model = trained(shared())
+    save_adapter(model, tmp_path)
+    fresh = load_adapter(shared(), tmp_path)
+    for _ in range(2):
+        assert fresh.again is fresh.first
+        assert fresh.embedding.weight is fresh.first.weight
+        assert torch.equal(fresh.again(X), model.first(X))
+        fresh = load_adapter(fresh, tmp_path)
+
+
+def test_a_base_without_values_is_refused_by_name(tmp_path):
+    save_adapter(trained(base_model()), tmp_path)
+    with torch.device("meta"):
+        model = base_model()
+    with pytest.raises(ValueError, match="first: the base weight is on the meta device; load the base model's weights"):
+        load_adapter(model, tmp_path)
+    with pytest.raises(ValueError, match="first: the base weight is on the meta device"):
+        save_adapter(inject_adamss(model, AdaMSSConfig(r=4), progress=False), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_compiled_models_are_looked_through(tmp_path):

@@ -39,7 +39,11 @@ def test_defaults_are_pefts():
         ("target_modules", []),
         ("target_modules", "q("),
         ("target_modules", [3]),
+        ("target_modules", 3),
+        ("target_modules", {"q", 3}),
         ("modules_to_save", [""]),
+        ("modules_to_save", 5),
+        ("layers_pattern", ("h(",)),
         ("init_weights", "gaussian"),
         ("layers_to_transform", -1),
         ("layers_to_transform", [1, "2"]),
@@ -88,6 +92,8 @@ def test_a_config_is_immutable_hashable_and_survives_json():
         (int32(0, -1), (1, 1), ValueError, r"row_subspace: expected values in \[0, 2\)"),
         (int32(0, 0), (1, 1), ValueError, "subspace 1 owns no row"),
         (int32(0, 1), (1, 0), ValueError, "ranks: expected at least one rank, each >= 1"),
+        (int32(0, 1), (1, 1.5), TypeError, r"ranks: expected integers, got \(1, 1.5\)"),
+        (int32(0, 0), 2, TypeError, "ranks: expected integers, got 2"),
         (int32(), (1,), ValueError, r"row_subspace: expected shape \(N,\)"),
     ],
 )
@@ -137,8 +143,10 @@ def test_packing_the_wrong_shapes_is_refused():
     B, C = [torch.zeros(2, 4), torch.zeros(1, 4)], [torch.zeros(2, 2), torch.zeros(1, 1)]
     with pytest.raises(ValueError, match="expected 2 matrices each, got 1 and 2"):
         layout.pack(B[:1], C)
-    with pytest.raises(ValueError, match=r"B\[1\]: expected 1 rows"):
+    with pytest.raises(ValueError, match=r"B\[1\]: expected shape \(1, 4\), got \(2, 4\)"):
         layout.pack([B[0], B[0]], C)
+    with pytest.raises(ValueError, match=r"B\[1\]: expected shape \(1, 4\), got \(1, 5\)"):
+        layout.pack([B[0], torch.zeros(1, 5)], C)
     with pytest.raises(ValueError, match=r"C\[0\]: expected shape \(2, 2\), got \(1, 1\)"):
         layout.pack(B, [C[1], C[1]])
 

@@ -10,8 +10,9 @@ from conftest import randomise
 from safetensors.torch import load_file
 
 from adamss_kernels import AdaMSSConfig, inject_adamss, save_adapter
+from adamss_kernels.adapters import inject_adapter
 from adamss_kernels.cli import main
-from adamss_kernels.model import adamss_layers
+from adamss_kernels.model import adamss_layers, adapted_layers
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -75,6 +76,16 @@ def test_a_route_through_formats_keeps_the_outputs(route, base, adapter, tmp_pat
     model = load(source) if route[-1] == "merged" else peft.PeftModel.from_pretrained(load(base), source)
     assert (logits(model) - expected(adapter)).abs().max() <= TOLERANCE
     assert (logits(load(base)) - expected(adapter)).abs().max() > 0.1
+
+
+def test_an_adapter_of_a_related_method_is_merged(base, tmp_path):
+    model = inject_adapter(load(base), "kradapter", ["query", "value"], progress=False)
+    for layer in adapted_layers(model).values():
+        torch.nn.init.normal_(layer.u, std=10)
+    save_adapter(model, tmp_path / "ours")
+    assert convert(base, tmp_path / "ours", "merged", tmp_path / "merged") == 0
+    torch.testing.assert_close(logits(load(tmp_path / "merged")), logits(model), atol=TOLERANCE, rtol=TOLERANCE)
+    assert (logits(model) - logits(load(base))).abs().max() > 100 * TOLERANCE
 
 
 def test_ours_through_peft_and_back_is_the_same_file_but_for_what_peft_does_not_store(base, adapter, tmp_path):

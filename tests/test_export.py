@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from adamss_kernels import AdaMSSConfig, export_lora, export_peft, inject_adamss, load_adapter, save_adapter
+from adamss_kernels.adapters import inject_adapter
 from adamss_kernels.formats import import_peft
 from adamss_kernels.model import adamss_layers, merge_adapter
 
@@ -201,6 +202,14 @@ def test_a_saved_module_whose_name_peft_takes_for_two_is_refused(tmp_path):
     inject_adamss(model, CONFIG, progress=False)
     with pytest.raises(ValueError, match="PEFT would also save 'ahead'"):
         export_lora(model, tmp_path)
+
+
+def test_a_model_with_layers_of_another_method_is_refused_by_name(tmp_path):
+    model = inject_adapter(trained(), "lora", ["sup"], progress=False)
+    for export in (export_lora, export_peft):
+        with pytest.raises(ValueError, match="sup: is a LoRALinear, whose update would be left out"):
+            export(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_that_is_not_adapted_or_wholly_pruned_is_refused(tmp_path):

@@ -62,6 +62,16 @@ def test_unmerge_restores_every_bit(dtype, bias):
     assert same_state(layer, before)
 
 
+def test_merging_in_inference_mode_leaves_a_layer_that_can_train():
+    layer, x = make_layer(), torch.randn(3, 24)
+    with torch.inference_mode():
+        layer.merge()
+        assert not layer.weight.is_inference()
+        layer.unmerge()
+    layer(x).sum().backward()
+    assert layer.B.grad.abs().sum() > 0
+
+
 def test_merge_leaves_a_tied_weight_alone():
     embedding = nn.Embedding(20, 24)
     head = nn.Linear(24, 20, bias=False)
@@ -171,6 +181,17 @@ def test_masks_survive_state_dict_copy_and_mode_changes():
     for candidate in (other, copy.deepcopy(layer).eval().train(), copy.deepcopy(layer).double()):
         assert candidate.active.tolist() == [True, False, True]
         assert candidate.trainable.tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("name", ["active", "trainable"])
+@pytest.mark.parametrize("mask", [torch.ones(2, dtype=torch.bool), torch.ones(3), [True, False, True]])
+def test_a_mask_that_does_not_fit_is_refused_when_it_is_assigned(name, mask):
+    layer = make_layer()
+    with pytest.raises(ValueError, match=rf"{name}: expected a bool tensor of shape \(3,\), got"):
+        setattr(layer, name, mask)
+    setattr(layer, name, torch.tensor([True, False, True]))
+    assert getattr(layer, name).tolist() == [True, False, True]
+    assert name in dict(layer.named_buffers())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
+from conftest import make_layer, randomise
 from torch import nn
 
 from adamss_kernels import AdaMSSConfig, FusedAdaMSSLinear, inject_adamss
-from adamss_kernels.model import adamss_layers
+from adamss_kernels.adapters import LoRALinear
+from adamss_kernels.model import adamss_layers, merge_adapter
 
 
 class Block(nn.Module):
@@ -80,6 +84,11 @@ def test_patterns_match_as_in_peft(options, expected):
     [
         ({"target_modules": ["querry"]}, r"matches no linear layer; .* \['classifier', 'dense', 'query', 'value'\]"),
         ({"target_modules": ["query"], "layers_to_transform": 7}, "matches no linear layer"),
+        (
+            {"target_modules": ["query"], "modules_to_save": ["query"]},
+            r"linear layer outside modules_to_save=\('query',\)",
+        ),
+        ({"target_modules": "query"}, r"matches no linear layer as a regular expression for whole names; .*'query'"),
         ({"modules_to_save": ["head"]}, r"modules_to_save: 'head' matches no module; .*'classifier'"),
     ],
 )
@@ -177,8 +186,109 @@ def test_a_bare_linear_cannot_be_replaced_in_place():
         inject_adamss(nn.Linear(3, 3), config(), progress=False)
 
 
+def test_a_model_in_ddp_is_refused_since_ddp_would_not_see_the_new_parameters():
+    wrapped = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(wrapped)
+    wrapped.module = Model()
+    with pytest.raises(ValueError, match="model: is wrapped in DDP, .* adapt it before wrapping it"):
+        inject_adamss(wrapped, config(), progress=False)
+    assert not adapted(wrapped)
+
+
 def test_progress_names_each_layer(capsys):
     inject_adamss(Model(), config(target_modules=["query"]))
     shown = capsys.readouterr().err
     assert "layers.2.query" in shown
     assert "3/3" in shown
+
+
+def test_a_module_is_adapted_under_all_its_names_whichever_is_targeted():
+    model = Model()
+    model.again = model.layers[2].query
+    inject_adamss(model, config(target_modules=["again"]), progress=False)
+    assert adapted(model) == {"layers.2.query"}
+    assert model.again is model.layers[2].query
+
+
+def test_a_second_call_adapts_further_layers_and_the_first_ones_go_on_training():
+    model = inject_adamss(Model(), config(target_modules=["query"], modules_to_save=["dense"]), progress=False)
+    before = trainable(model)
+    inject_adamss(model, config(r=3, target_modules=["value"], modules_to_save=["classifier"]), progress=False)
+    added = {f"layers.{i}.value.{p}" for i in range(3) for p in "BC"} | {"classifier.weight", "classifier.bias"}
+    assert trainable(model) == before | added
+    with pytest.raises(TypeError, match=r"'layers.0.query' is a .*FusedAdaMSSLinear; only torch.nn.Linear itself"):
+        inject_adamss(model, config(target_modules=["query"]), progress=False)
+
+
+def test_hooks_of_a_replaced_layer_go_on_being_called():
+    model, calls = Model(), []
+    linear = model.layers[0].query
+    first = linear.register_forward_hook(lambda *_: calls.append("after"))
+    linear.register_forward_pre_hook(lambda *_: calls.append("before"))
+    linear.register_full_backward_hook(lambda *_: calls.append("backward"))
+    inject_adamss(model, config(), progress=False)
+    model(torch.randn(2, 12, requires_grad=True)).sum().backward()
+    assert calls == ["before", "after", "backward"]
+    first.remove()
+    merge_adapter(model)(torch.randn(2, 12))
+    assert calls[3:] == ["before"]
+
+
+def test_pytorchs_own_encoder_calls_its_adapted_layers_in_eval_mode_too():
+    model = nn.Module()
+    model.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(12, 2, 16, dropout=0.0, batch_first=True), 2)
+    inject_adamss(model, config(target_modules=["linear1", "linear2"]), progress=False)
+    x = torch.randn(3, 5, 12)
+    padding = torch.arange(5) >= torch.tensor([[5], [3], [2]])
+    unadapted = model.encoder(x, src_key_padding_mask=padding)[~padding]
+    for layer in adamss_layers(model).values():
+        randomise(layer)
+    expected = model.encoder(x, src_key_padding_mask=padding)[~padding]
+    assert (expected - unadapted).abs().max() > 0.01
+    model.eval()
+    torch.testing.assert_close(model.encoder(x, src_key_padding_mask=padding)[~padding], expected)
+    with torch.inference_mode():
+        torch.testing.assert_close(model.encoder(x, src_key_padding_mask=padding)[~padding], expected)
+    # Merged it is PyTorch's own again: nothing of this package is left in it.
+    merge_adapter(model)
+    assert "adamss" not in str(pickle.dumps(model))
+    with torch.no_grad():
+        torch.testing.assert_close(model.encoder(x, src_key_padding_mask=padding)[~padding], expected)
+
+
+def test_what_is_no_config_of_ours_is_refused_before_anything_changes():
+    model = Model()
+    pefts = pytest.importorskip("peft").AdamssConfig(target_modules=["query"])
+    for wrong, kind in ((pefts, "peft.*AdamssConfig"), ({"r": 4}, "builtins.dict"), (None, "builtins.NoneType")):
+        with pytest.raises(TypeError, match=f"config: expected an adamss_kernels.AdaMSSConfig, got a {kind}"):
+            inject_adamss(model, wrong, progress=False)
+        with pytest.raises(TypeError, match="config: expected an adamss_kernels.AdaMSSConfig"):
+            FusedAdaMSSLinear.from_linear(nn.Linear(3, 3), wrong)
+    assert not adapted(model)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_copies_that_data_parallel_makes_compute_the_same(bias):
+    layers = [make_layer(bias=bias), LoRALinear.from_linear(nn.Linear(24, 20, bias=bias))]
+    for layer in layers:
+        # What torch.nn.parallel.replicate does for each GPU.
+        replica = layer._replicate_for_data_parallel()
+        for name, parameter in layer.named_parameters():
+            setattr(replica, name, parameter * 1)
+        if not bias:
+            replica._parameters["bias"] = None
+        x = torch.randn(5, 24)
+        torch.testing.assert_close(replica(x), layer(x), rtol=0, atol=0)
+        replica(x).sum().backward()
+        assert layer.B.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("wrap", [lambda m: FusedAdaMSSLinear.from_linear(m, config()), LoRALinear.from_linear])
+def test_a_single_layer_that_is_no_plain_linear_is_refused(wrap):
+    conv1d = pytest.importorskip("transformers").pytorch_utils.Conv1D(3, 3)
+    with pytest.raises(TypeError, match="'linear' is a transformers.pytorch_utils.Conv1D; only torch.nn.Linear"):
+        wrap(conv1d)
+    linear = nn.Linear(3, 3)
+    nn.utils.parametrize.register_parametrization(linear, "weight", nn.Identity())
+    with pytest.raises(TypeError, match="'linear' is a .*ParametrizedLinear; only torch.nn.Linear"):
+        wrap(linear)

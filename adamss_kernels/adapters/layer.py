@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..frozen_linear import FrozenLinear
+from ..frozen_linear import FrozenLinear, plain_linear
 from ..functional import as_linear_takes_them
+
+_FACTORS = ("alpha", "omega", "scaling")
 
 Self = TypeVar("Self", bound="AdapterLinear")
 
@@ -32,7 +34,8 @@ class AdapterLinear(FrozenLinear):
         """Hold W, bias and options; a method's constructor adds parameters and buffers.
 
         Raises:
-            ValueError: The weight is not a floating (N, D) matrix with N, D >= 1, or a rank is not an integer >= 1.
+            ValueError: The weight is not a floating (N, D) matrix with N, D >= 1, a rank is not an integer >= 1, or a
+                factor is not a finite number.
         """
         if weight.dim() != 2 or weight.numel() == 0 or not weight.is_floating_point():
             raise ValueError(
@@ -41,6 +44,8 @@ class AdapterLinear(FrozenLinear):
         for name, value in options.items():
             if "rank" in name and value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+            if name in _FACTORS and not (type(value) in (int, float) and math.isfinite(value)):
+                raise ValueError(f"{name}: expected a finite number, got {value!r}")
         super().__init__(weight, bias)
         self.options = options
 
@@ -53,9 +58,11 @@ class AdapterLinear(FrozenLinear):
             **options: The method's settings.
 
         Raises:
-            ValueError: An option has a value outside its domain, or the weight is empty or not floating.
-            TypeError: The method has no such option.
+            ValueError: An option has a value outside its domain, or the weight is empty.
+            TypeError: The method has no such option, or `linear` is not exactly an `nn.Linear` with a plain
+                floating-point weight.
         """
+        plain_linear("linear", linear)
         layer = cls(linear.weight, linear.bias, **options).train(linear.training)
         layer.freeze_base()
         return layer
@@ -66,8 +73,8 @@ class AdapterLinear(FrozenLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., D) to y (..., N), of the dtype that `torch.nn.functional.linear` would return."""
-        parameters: dict[str, Any] = self._parameters
-        weight, bias = parameters["weight"], parameters["bias"]
+        parameters = self._tensors()
+        weight, bias = parameters["weight"], parameters.get("bias")
         if self.merged:
             return F.linear(x, weight, bias)
         x, weight, bias = as_linear_takes_them(x, weight, bias)

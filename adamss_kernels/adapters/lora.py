@@ -23,8 +23,9 @@ class LoRALinear(LowRankLinear):
             rank: Columns of B.
             alpha: Numerator of the scaling; None for `rank`, which makes the scaling 1.
         """
+        alpha = rank if alpha is None else alpha
         super().__init__(weight, bias, rank=rank, alpha=alpha)
-        self.scaling = 1.0 if alpha is None else alpha / rank
+        self.scaling = alpha / rank
         self.A = nn.Parameter(kaiming(self.zeros(rank, self.in_features)))
         self.B = nn.Parameter(self.zeros(self.out_features, rank))
         self.bind_subspace(rank)

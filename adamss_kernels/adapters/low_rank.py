@@ -62,9 +62,7 @@ class LowRankLinear(AdapterLinear):
 
 class _LowRank(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, U: Tensor, V: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, U: Tensor, V: Tensor) -> Tensor:
         _, need_dweight, _, need_dU, need_dV = ctx.needs_input_grad
         S = torch.mm(x, U.to(x.dtype).t())
         Vt = V.to(x.dtype).t()
@@ -76,7 +74,7 @@ class _LowRank(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, S, weight, U, V = ctx.saved_tensors
         need_dx, need_dweight, need_dbias, need_dU, need_dV = ctx.needs_input_grad
         dx = dweight = dbias = dU = dV = None

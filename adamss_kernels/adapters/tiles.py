@@ -80,7 +80,7 @@ def _accumulating(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 class _TiledLinear(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, update: TiledUpdate, *tensors: Tensor
     ) -> Tensor:
         ctx.update = update
@@ -102,7 +102,7 @@ class _TiledLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *tensors = ctx.saved_tensors
         need_dx, need_dweight, need_dbias, _, *needs = ctx.needs_input_grad
         update: TiledUpdate = ctx.update

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from ..atomic import replace_folder
 from ..checkpoint import HEADER_FILE, TENSORS_FILE, load_adapter, save_adapter
 from ..formats import PEFT_CONFIG_FILE, PEFT_TENSORS_FILE, export_lora, export_peft, import_peft, read_peft_config
-from ..model import adamss_layers, merge_adapter
+from ..model import adapted_layers, merge_adapter
 
 FORMATS = ("adamss", "peft", "lora", "merged")
 _POSSIBLE = {"adamss": FORMATS, "peft": FORMATS, "lora": ("merged",)}
@@ -169,7 +169,7 @@ def _write(model: nn.Module, folder: Path, args: argparse.Namespace) -> None:
 
 
 def _write_merged(model: Any, folder: Path, base: Path) -> None:
-    if adamss_layers(model):
+    if adapted_layers(model):
         merge_adapter(model)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is not None and embedding is not None and head.weight is not embedding.weight:

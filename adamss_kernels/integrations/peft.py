@@ -88,7 +88,7 @@ class FusedAdamssLinear(PeftLinear):
         base: Any = self._modules["base_layer"]
         if self._disable_adapters or self.merged_adapters or args or kwargs or not _is_bare_linear(base):
             return super().forward(x, *args, **kwargs)
-        indices: Any = self._modules["adamss_index"]._modules  # type: ignore[union-attr]
+        indices: Any = self._modules["adamss_index"]._modules
         active = [name for name in self.active_adapters if name in indices]
         parameters = base._parameters
         weight, bias = parameters["weight"], parameters["bias"]

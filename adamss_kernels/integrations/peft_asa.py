@@ -177,7 +177,7 @@ class AdapterAllocation:
             return
         if not scores[candidates].any():
             consequence = "nothing is pruned" if exact else "everything is frozen, as in PEFT"
-            warnings.warn(f"ASA step {step}: all scores are zero, so {consequence}", stacklevel=4)
+            warnings.warn(f"ASA step {step}: all scores are zero, so {consequence}", stacklevel=5)
             if exact:
                 return
         keep = (keep_top if exact else keep_above_threshold)(scores, candidates, budget)
