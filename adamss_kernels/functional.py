@@ -142,7 +142,7 @@ def as_linear_takes_them(x: Tensor, weight: Tensor, bias: Tensor | None) -> tupl
 
 class _AdaMSSLinear(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx,
         x,
         weight,
@@ -185,7 +185,7 @@ class _AdaMSSLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):  # type: ignore[override]
+    def backward(ctx, dy):
         need_dx, need_dweight, need_dbias, _, _, need_dB, need_dC, *_ = ctx.needs_input_grad
         saved, learns = ctx.saved_tensors, ctx.learns
         needs = [need_dx, need_dweight, need_dbias, need_dB and learns, need_dC and learns]
@@ -211,13 +211,13 @@ class _BareLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, B, C):  # type: ignore[no-untyped-def, override]
+    def forward(ctx, x, weight, bias, B, C):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, B, C)
         return F.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, dy):
         x, weight, B, C = ctx.saved_tensors
         need_dx, need_dweight, need_dbias, *_ = ctx.needs_input_grad
         dx = dy @ weight if need_dx else None
@@ -226,7 +226,7 @@ class _BareLinear(torch.autograd.Function):
         return dx, dweight, dbias, *_zero_gradients(ctx, (3, B), (4, C))
 
 
-def _zero_gradients(ctx, *arguments: tuple[int, Tensor]) -> list[Tensor | None]:  # type: ignore[no-untyped-def]
+def _zero_gradients(ctx, *arguments: tuple[int, Tensor]) -> list[Tensor | None]:
     # Zero rather than None: DDP and FSDP wait for the gradient of every parameter that they manage.
     return [torch.zeros_like(tensor) if ctx.needs_input_grad[index] else None for index, tensor in arguments]
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 _SUFFIX = "dylib" if sys.platform == "darwin" else "so"
 _NAME = f"libadamss_cpu.{_SUFFIX}"
@@ -29,11 +28,6 @@ class Library(NamedTuple):
     isas: tuple[str, ...]
     use_isa: Callable[[str], None]
     isa: Callable[[], str]
-
-
-def pointer(t: Tensor | None) -> int | None:
-    """Return the address of a tensor's first element; null for None."""
-    return None if t is None else t.data_ptr()
 
 
 @functools.cache

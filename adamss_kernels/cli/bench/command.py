@@ -59,7 +59,10 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print, write and draw; or compare."""
     if args.compare:
         before, after = args.compare
-        return compare.report(before, after, args.threshold)
+        try:
+            return compare.report(before, after, args.threshold)
+        except ValueError as error:
+            raise SystemExit(f"--compare: {error}") from error
     suites = args.suites or [name for name in SUITES if name != "model" or importlib.util.find_spec("transformers")]
     if args.shapes and len(suites) != 1:
         raise SystemExit("--shapes: expected one suite beside it, whose fields it names")

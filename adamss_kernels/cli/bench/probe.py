@@ -50,7 +50,7 @@ def probe(layer: nn.Module, x: Tensor, dy: Tensor, backward: bool) -> Row:
                 y = layer(x)
     for t in (*layer.parameters(), *layer.buffers()):
         saved.pop(t.untyped_storage().data_ptr(), None)
-    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = profiler.profiler.kineto_results.events()
     peak = torch.cuda.max_memory_allocated() - start if x.is_cuda else _peak(events)
     return {"peak_bytes": peak, "saved_bytes": sum(saved.values()), "aten_calls": _outermost(events)}
 

@@ -44,7 +44,7 @@ def measure(case: dict[str, Any], names: Sequence[str] | None, settings: Setting
         # The first after the bare layer is the backend that "auto" takes.
         names = [name for name in able if name in (able[0], able[1], "peft-adamss")]
     extra = {"passes": ("update",)} if subject is asa else {}
-    for row in subject.measure(rest, names, settings, **extra):  # type: ignore[attr-defined]
+    for row in subject.measure(rest, names, settings, **extra):
         yield {**row, "suite": "scaling", "case": {"of": case["of"], "sweep": case["sweep"], **row["case"]}}
 
 
@@ -91,7 +91,7 @@ def complete(case: dict[str, Any]) -> dict[str, Any]:
     """Fill in what a case leaves open."""
     of, sweep = case.get("of", "layer"), case.get("sweep", "M")
     rest = {name: value for name, value in case.items() if name not in ("of", "sweep")}
-    return {"of": of, "sweep": sweep, **_SUBJECTS[of].complete(rest)}  # type: ignore[attr-defined]
+    return {"of": of, "sweep": sweep, **_SUBJECTS[of].complete(rest)}
 
 
 def cases(full: bool) -> list[dict[str, Any]]:
