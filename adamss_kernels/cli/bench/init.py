@@ -48,7 +48,7 @@ def measure(case: dict[str, Any], names: Sequence[str] | None, settings: Setting
 
 
 def _svd(layer: nn.Module, R: int) -> object:
-    weight, bias = layer.weight.detach(), layer.bias.detach()
+    weight, bias = layer.weight.detach(), layer.bias.detach()  # type: ignore[operator]
     augmented = torch.cat((weight, bias[:, None]), dim=1)
     return torch.svd_lowrank(augmented, q=min(R, *augmented.shape), niter=2)
 
