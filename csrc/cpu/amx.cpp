@@ -242,7 +242,7 @@ adamss_status backward_bfloat16(const adamss_backward_args& args) {
     const int64_t rho = args.dx ? columns.count : columns.learning, learning = columns.learning;
     const Coefficients<float> coefficients(l, static_cast<const float*>(args.C), args.r_max, columns);
     const DenseCoefficients<float> Ct(coefficients, rho, N);
-    const Columns none(adamss_layout{0, 0, nullptr, l.offsets, nullptr, nullptr});
+    const Columns none(no_rows(l));
     const Projection<float> projection(args.dx ? columns : none, static_cast<const float*>(args.B),
                                        static_cast<const float*>(args.A), nullptr, args.R, D);
     const bfloat16* const W = static_cast<const bfloat16*>(args.W);

@@ -199,11 +199,10 @@ adamss_status backward(const adamss_backward_args& args) {
     // A row of C costs half a cycle a register and token, as a column of dS does for every register of dy.
     const bool dS_by_subspace = rho > round_up(args.r_max, Vector<T>::width) * 5 / 4;
     const bool dC_by_subspace = !fits_registers<T>(columns.count);
-    const CoefficientRows<T> rows(
-        dS_by_subspace || dC_by_subspace ? l : adamss_layout{0, 0, nullptr, l.offsets, nullptr, nullptr},
-        static_cast<const T*>(args.C), args.r_max, columns);
+    const CoefficientRows<T> rows(dS_by_subspace || dC_by_subspace ? l : no_rows(l), static_cast<const T*>(args.C),
+                                  args.r_max, columns);
     const DenseCoefficients<T> Ct(coefficients, dS_by_subspace ? 0 : rho, N);
-    const Columns none(adamss_layout{0, 0, nullptr, l.offsets, nullptr, nullptr});
+    const Columns none(no_rows(l));
     const Projection<T> projection(args.dx || args.W_updated ? columns : none, static_cast<const T*>(args.B),
                                    static_cast<const T*>(args.A), nullptr, args.R, args.D);
     if constexpr (std::is_same_v<T, X>)

@@ -32,7 +32,7 @@ void update_tile(int64_t N, const T* S, int64_t stride_sm, const Coefficients<T>
         }
 }
 
-// The update where rows of S do not fit registers: C^T with the rows of each subspace side by side, and where they went.
+// For rows of S that do not fit registers: C^T with the rows of each subspace side by side, and where they went.
 template <class T>
 struct SortedCoefficients {
     RowsBySubspace rows;
@@ -106,8 +106,7 @@ adamss_status forward(const adamss_forward_args& args) {
     const auto update = for_rho<T>(rho, [](auto held) { return update_tile<T, X, decltype(held)::value>; });
 
     const bool is_sorted = !fits_registers<T>(rho);
-    const SortedCoefficients<T> sorted(is_sorted ? l : adamss_layout{0, 0, nullptr, l.offsets, nullptr, nullptr},
-                                       static_cast<const T*>(args.C), args.r_max, columns);
+    const SortedCoefficients<T> sorted(is_sorted ? l : no_rows(l), static_cast<const T*>(args.C), args.r_max, columns);
 
     parallel_blocks((args.M + BLOCK_M - 1) / BLOCK_M, [&](int64_t block) {
         const int64_t begin = block * BLOCK_M, M = smaller(BLOCK_M, args.M - begin);

@@ -245,7 +245,8 @@ void one_case() {
         dtype, M, D, R, dy.data(), dy.stride, projection ? nullptr : x.data(), x.stride,
         projection ? P.data() : nullptr, P.stride, S_in.data(), whole || updates_W ? W.data() : nullptr, W.stride,
         A.data(), has_bias ? a.data() : nullptr, B.data(), C.data(), r_max,
-        need_dx && !updates_W ? dx_got.data() : nullptr, updates_W ? W_got.data() : nullptr, need_dB ? dB_got.data() : nullptr, need_dC ? dC_got.data() : nullptr, layout};
+        need_dx && !updates_W ? dx_got.data() : nullptr, updates_W ? W_got.data() : nullptr,
+        need_dB ? dB_got.data() : nullptr, need_dC ? dC_got.data() : nullptr, layout};
     if (adamss_cpu_backward(&backward) != (whole ? ADAMSS_WHOLE : ADAMSS_UPDATE)) std::abort();
     const int64_t terms = M + N + D + R + rho;
     if (updates_W) compare("W_updated", shape, W_got, W_updated, W_size, unit_T, R + r_max);

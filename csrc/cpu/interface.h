@@ -1,9 +1,9 @@
 // The library's C interface. `adamss_kernels/native` calls it through ctypes, but for forward and backward, which
 // operators.cpp makes operators of torch.
 //
-// Letters are those of docs/notation.md. Rows are contiguous; a stride, in elements, is given where rows need not follow
-// one another. x, bias, y and their gradients have the dtype that is named; everything else (A, a, B, C, S and their
-// gradients) has its accumulation dtype: double for double, float otherwise. P has the dtype of x.
+// Letters are those of docs/notation.md. Rows are contiguous; a stride, in elements, is given where rows need not
+// follow one another. x, bias, y and their gradients have the dtype that is named; everything else (A, a, B, C, S and
+// their gradients) has its accumulation dtype: double for double, float otherwise. P has the dtype of x.
 #pragma once
 
 #include <cstdint>

@@ -36,6 +36,9 @@ struct Columns {
     }
 };
 
+// Without rows or subspaces, for what is not wanted.
+inline adamss_layout no_rows(const adamss_layout& l) { return {0, 0, nullptr, l.offsets, nullptr, nullptr}; }
+
 template <class F>
 void parallel_blocks(int64_t blocks, const F& f) {
     auto task = [](int64_t begin, int64_t end, void* context) {
@@ -168,7 +171,8 @@ struct Projection {
             const int64_t d = block * span;
             Buffer<const T*> rows(R);
             for (int64_t i = 0; i < R; ++i) rows[i] = A + i * D + d;
-            product_block<T, T>(rho, smaller(span, D - d), R, compact.data(), R, rows.data(), values.data() + d, stride);
+            product_block<T, T>(rho, smaller(span, D - d), R, compact.data(), R, rows.data(), values.data() + d,
+                                stride);
         });
     }
 };

@@ -137,8 +137,8 @@ bool lacks_base(int32_t status) {
     return status == ADAMSS_UPDATE;
 }
 
-// Whether S, or dB, is better had through P = x A^T + a, in two smaller products. Where AMX makes one pass of all it wants
-// x itself.
+// Whether S, or dB, is better had through P = x A^T + a, in two smaller products. Where AMX makes one pass of all, it
+// wants x itself.
 bool goes_through_P(int64_t dtype, const Tensor& basis, int64_t rho) {
     if (dtype == ADAMSS_BFLOAT16 || !basis) return false;
     const int64_t R = basis.size(0), D = basis.size(1);
@@ -194,10 +194,10 @@ void backward(Value* stack, uint64_t, uint64_t) {
 
     const Types types(dy);
     const int32_t dtype_B = B.dtype(), dtype_C = C.dtype();
-    const int64_t M = dy.size(0), D = weight.size(1), R = B.size(1);
+    const int64_t M = dy.size(0), N = weight.size(0), D = weight.size(1), R = B.size(1);
     Tensor dx = need_dx ? empty(dy.dtype(), M, D) : empty(dy.dtype(), 0);
-    const Scratch W_updated(dy.dtype(), need_dx && updates_weight(types.dtype, M, weight.size(0)) ? weight.size(0) : 0, D);
-    Tensor dweight = need_dweight ? empty(dy.dtype(), weight.size(0), D) : empty(dy.dtype(), 0);
+    const Scratch W_updated(dy.dtype(), need_dx && updates_weight(types.dtype, M, N) ? N : 0, D);
+    Tensor dweight = need_dweight ? empty(dy.dtype(), N, D) : empty(dy.dtype(), 0);
     if (need_dweight) multiply(dweight, Tensor(), transposed(dy), x);
     Tensor dbias = need_dbias ? column_sums(dy) : empty(dy.dtype(), 0);
     Tensor dB = need_dB ? empty(types.arithmetic, B.size(0), R) : empty(types.arithmetic, 0);
@@ -222,7 +222,8 @@ void backward(Value* stack, uint64_t, uint64_t) {
                                        by_P ? P.data() : nullptr, row_stride(P), need_dC ? S.data() : nullptr,
                                        weight.data(), row_stride(weight), basis.data(), basis_bias.data(), B.data(),
                                        C.data(), C.size(1), need_dx && !W_updated.matrix ? dx.data() : nullptr,
-                                       W_updated.matrix.data(), need_dB ? dB.data() : nullptr, need_dC ? dC.data() : nullptr,
+                                       W_updated.matrix.data(), need_dB ? dB.data() : nullptr,
+                                       need_dC ? dC.data() : nullptr,
                                        layout_of(row_subspace, offsets, active, trainable)};
     const bool lacks = lacks_base(adamss_cpu_backward(&args));
     if (W_updated.matrix)

@@ -57,7 +57,8 @@ void outer_tile(int64_t M, const T* x, int64_t stride_xm, const T* dS, int64_t s
 
 // dx[m, d] = sum_p dS[m, p] Q[p, d] for TILE_M rows of dx and V registers of columns, along RHO.
 template <class T, class X, int V>
-void product_tile(int64_t rho, const T* dS, int64_t stride_sm, const T* const* Q, int64_t d, X* dx, int64_t stride_dxm) {
+void product_tile(int64_t rho, const T* dS, int64_t stride_sm, const T* const* Q, int64_t d, X* dx,
+                  int64_t stride_dxm) {
     constexpr int W = Vector<T>::width;
     vec<T> total[TILE_M][V] = {};
     for (int64_t p = 0; p < rho; ++p) {

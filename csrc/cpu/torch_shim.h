@@ -122,7 +122,8 @@ class Tensor {
 inline Tensor empty(int32_t dtype, int64_t rows, int64_t columns = -1) {
     const int64_t sizes[] = {rows, columns}, strides[] = {columns < 0 ? 1 : columns, 1};
     Handle made;
-    check(shim.aoti_torch_empty_strided(columns < 0 ? 1 : 2, sizes, strides, dtype, shim.aoti_torch_device_type_cpu, 0, &made),
+    check(shim.aoti_torch_empty_strided(columns < 0 ? 1 : 2, sizes, strides, dtype, shim.aoti_torch_device_type_cpu, 0,
+                                        &made),
           "empty");
     return Tensor(made);
 }
