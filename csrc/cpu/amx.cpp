@@ -187,14 +187,15 @@ class Outer {
         Buffer<const bfloat16*> row(tokens_);
         for (int64_t m = 0; m < tokens_; ++m) row[m] = rows + m * stride;
         Buffer<bfloat16> right(steps_ * 2 * TILE, UNINITIALISED);
+        auto nothing = [] {};
         for (int64_t n = 0; n < width; n += PAIR) {
             pack_rows(row.data(), tokens_, n, width - n, right.data());
             const bfloat16* left = transposed_.data();
             int64_t tile = 0;
             for (; tile + 2 <= tiles; tile += 2, sums += 4 * SUM, left += 2 * steps_ * TILE)
-                multiply_outer<2>(left, steps_ * TILE, right.data(), steps_, add, sums);
+                multiply_pair<2>(left, steps_ * TILE, right.data(), steps_, add, sums, nothing);
             if (tile < tiles) {
-                multiply_outer<1>(left, 0, right.data(), steps_, add, sums);
+                multiply_pair<1>(left, 0, right.data(), steps_, add, sums, nothing);
                 sums += 2 * SUM;
             }
         }

@@ -136,17 +136,19 @@ inline void pack_rows(const bfloat16* const* rows, int64_t depth, int64_t first,
 // The compiler does not know that loading a tile reads memory: what was stored must be there by now.
 inline void tiles_read_memory() { __asm__ volatile("" ::: "memory"); }
 
-// sum (2 x 2 tiles) = or += a pair of left tiles, `stride` apart, times a pair of right tiles, over `steps` of depth.
-// The tile unit works by itself: `meanwhile`, called at every step, is nearly free.
-template <class F>
+// sum (COUNT x 2 tiles) = or += COUNT (1 or 2) left tiles, `stride` apart, times a pair of right tiles, over `steps` of
+// depth. The tile unit works by itself: `meanwhile`, called at every step, is nearly free.
+template <int COUNT, class F>
 void multiply_pair(const bfloat16* left, int64_t stride, const bfloat16* right, int64_t steps, bool add, float* sum,
                    F& meanwhile) {
     tiles_read_memory();
     if (add) {
         _tile_loadd(0, sum, 64);
         _tile_loadd(1, sum + SUM, 64);
-        _tile_loadd(2, sum + 2 * SUM, 64);
-        _tile_loadd(3, sum + 3 * SUM, 64);
+        if (COUNT == 2) {
+            _tile_loadd(2, sum + 2 * SUM, 64);
+            _tile_loadd(3, sum + 3 * SUM, 64);
+        }
     } else {
         _tile_zero(0);
         _tile_zero(1);
@@ -159,15 +161,19 @@ void multiply_pair(const bfloat16* left, int64_t stride, const bfloat16* right, 
         _tile_dpbf16ps(0, 4, 6);
         _tile_loadd(7, right + (2 * k + 1) * TILE, 64);
         _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, left + stride + k * TILE, 64);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+        if (COUNT == 2) {
+            _tile_loadd(5, left + stride + k * TILE, 64);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
         meanwhile();
     }
     _tile_stored(0, sum, 64);
     _tile_stored(1, sum + SUM, 64);
-    _tile_stored(2, sum + 2 * SUM, 64);
-    _tile_stored(3, sum + 3 * SUM, 64);
+    if (COUNT == 2) {
+        _tile_stored(2, sum + 2 * SUM, 64);
+        _tile_stored(3, sum + 3 * SUM, 64);
+    }
 }
 
 // The 16 sums of row i and column tile j of a 2 x 2 block.
@@ -182,8 +188,8 @@ void multiply_panel(const bfloat16* left, int64_t left_steps, int64_t pairs, con
     const int64_t rounds = larger(1, (steps + STEPS / 2) / STEPS), round = (steps + rounds - 1) / rounds;
     for (int64_t k = 0; k < steps; k += round)
         for (int64_t pair = 0; pair < pairs; ++pair)
-            multiply_pair(left + (2 * pair * left_steps + k) * TILE, left_steps * TILE, right + 2 * k * TILE,
-                          smaller(round, steps - k), k > 0, sums + pair * 4 * SUM, meanwhile);
+            multiply_pair<2>(left + (2 * pair * left_steps + k) * TILE, left_steps * TILE, right + 2 * k * TILE,
+                             smaller(round, steps - k), k > 0, sums + pair * 4 * SUM, meanwhile);
 }
 
 // Left operand S^T, rounded: tiles [column / 16][token / 32] of S (tokens, stride), of which RHO columns are taken.
@@ -201,43 +207,6 @@ inline void pack_transposed(const float* S, int64_t stride, int64_t tokens, int6
             }
             for (int64_t i = 0; i < ROWS; ++i) round_row((__m512)half[0][i], (__m512)half[1][i], tiles + i * DEPTH);
         }
-}
-
-// sum (COUNT x 2 tiles) = or += COUNT (1 or 2) rows of tiles of S^T, `stride` apart, times a pair of right tiles.
-template <int COUNT>
-void multiply_outer(const bfloat16* transposed, int64_t stride, const bfloat16* right, int64_t steps, bool add,
-                    float* sum) {
-    tiles_read_memory();
-    if (add) {
-        _tile_loadd(0, sum, 64);
-        _tile_loadd(1, sum + SUM, 64);
-        if (COUNT == 2) {
-            _tile_loadd(2, sum + 2 * SUM, 64);
-            _tile_loadd(3, sum + 3 * SUM, 64);
-        }
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    }
-    for (int64_t k = 0; k < steps; ++k) {
-        _tile_loadd(6, right + 2 * k * TILE, 64);
-        _tile_loadd(7, right + (2 * k + 1) * TILE, 64);
-        _tile_loadd(4, transposed + k * TILE, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        if (COUNT == 1) continue;
-        _tile_loadd(5, transposed + stride + k * TILE, 64);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    }
-    _tile_stored(0, sum, 64);
-    _tile_stored(1, sum + SUM, 64);
-    if (COUNT == 2) {
-        _tile_stored(2, sum + 2 * SUM, 64);
-        _tile_stored(3, sum + 3 * SUM, 64);
-    }
 }
 
 }  // namespace ADAMSS_ISA
