@@ -15,6 +15,7 @@ from .results import Row
 # Provider to what people call it, and to marker, line and colour; markers and lines tell them apart without colour too.
 STYLES: dict[str, tuple[str, str, Any, str]] = {
     "linear": ("nn.Linear", "x", "-", "0.0"),
+    "linear-compiled": ("nn.Linear, compiled", "x", ":", "0.4"),
     "native": ("adamss_kernels", "o", "-", "tab:blue"),
     "triton": ("adamss_kernels, Triton", "o", "-", "tab:blue"),
     "cuda": ("adamss_kernels, CUDA", "h", "-", "tab:cyan"),

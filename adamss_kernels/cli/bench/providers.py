@@ -39,7 +39,7 @@ class Provider(NamedTuple):
 
 
 def defaults(device: torch.device, dtype: torch.dtype, graph: bool = False) -> list[str]:
-    """Return the providers that can run: the bare layer, every backend, ours compiled, pruned and merged, PEFT's.
+    """Return the providers that can run: the bare layer, every backend, both compiled, ours pruned and merged, PEFT's.
 
     With `graph`, those that a CUDA graph can hold: PEFT's AdaMSS copies an index from the host in each forward.
     """
@@ -48,7 +48,7 @@ def defaults(device: torch.device, dtype: torch.dtype, graph: bool = False) -> l
     backends.sort(key=lambda name: name != ours)
     peft = [*_PEFT, f"{_PEFT[0]}{_COMPILED}"] if importlib.util.find_spec("peft") else []
     peft = [name for name in peft if not (graph and name.startswith(_PEFT[0]))]
-    return ["linear", *backends, ours + _COMPILED, "half-pruned", "merged", *peft]
+    return ["linear", *backends, "linear" + _COMPILED, ours + _COMPILED, "half-pruned", "merged", *peft]
 
 
 def build(names: Sequence[str], case: dict[str, Any], device: torch.device) -> dict[str, Provider]:
