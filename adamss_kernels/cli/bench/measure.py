@@ -42,10 +42,10 @@ SAMPLE_SECONDS = 0.01
 """Timed calls of one turn take at least about this long."""
 
 PLACES = 8
-"""Times that operands are put elsewhere in memory."""
+"""Times that operands are put elsewhere in memory, at most: a place should last for some rounds."""
 
-MIN_ROUNDS = 1
-"""Rounds at each of these places, however long they take."""
+MIN_ROUNDS = 8
+"""Rounds that are made however long they take."""
 
 
 class Settings(NamedTuple):
@@ -53,7 +53,7 @@ class Settings(NamedTuple):
 
     Attributes:
         device: Where the contenders run.
-        seconds: Time for each group of contenders, after warm-up; at least `PLACES * MIN_ROUNDS` rounds are made.
+        seconds: Time for each group of contenders, after warm-up; at least `MIN_ROUNDS` rounds are made.
         graph: Whether to time replays of CUDA graphs (layers on a GPU only).
     """
 
@@ -74,7 +74,7 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Give every contender a turn in each round; return the seconds of a call in each turn, in the order of rounds.
 
-    `move` puts operands elsewhere in memory; it is called on the CPU only, `PLACES` times.
+    `move` puts operands elsewhere in memory; it is called on the CPU only, up to `PLACES` times.
     """
     timer = _cpu_seconds if settings.device.type == "cpu" else gpu_timer(settings.device)
     if settings.graph:
@@ -82,17 +82,22 @@ def interleaved(
     times: dict[str, list[float]] = {name: [] for name in contenders}
     order, shuffle = list(contenders), random.Random(0).shuffle
     with _undisturbed():
-        calls = {}
+        calls, round_seconds = {}, 0.0
         for name, contender in contenders.items():
             # The first is warm-up. The shortest: an interrupted call must not pass for a long one.
             shortest = min([timer(contender, 1) for _ in range(4)][1:])
             calls[name] = max(1, min(1000, round(SAMPLE_SECONDS / shortest)))
+            round_seconds += calls[name] * shortest
+        places = max(2, min(PLACES, int(settings.seconds / (4 * round_seconds))))
         start = time.perf_counter()
-        for place in range(1, PLACES + 1):
+        for place in range(places):
             if settings.device.type == "cpu":
                 move()
+                for contender in contenders.values():
+                    timer(contender, 1)  # takes its memory there
             rounds = 0
-            while rounds < MIN_ROUNDS or time.perf_counter() < start + settings.seconds * place / PLACES:
+            until = start + settings.seconds * (place + 1) / places
+            while rounds < MIN_ROUNDS / places or time.perf_counter() < until:
                 shuffle(order)
                 for name in order:
                     times[name].append(timer(contenders[name], calls[name]))
