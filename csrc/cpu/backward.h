@@ -207,6 +207,7 @@ adamss_status backward(const adamss_backward_args& args) {
                                    static_cast<const T*>(args.A), nullptr, args.R, args.D);
     if constexpr (std::is_same_v<T, X>)
         if (args.W_updated) write_W_updated<T>(args, columns, projection);
+    if (!args.dx && !args.dB && !args.dC) return ADAMSS_UPDATE;
 
     const Shares shares(args.M);
     const int64_t width = args.P ? args.R : args.D;

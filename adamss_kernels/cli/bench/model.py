@@ -74,7 +74,7 @@ def _encoder(case: dict[str, Any]) -> nn.Module:
 
 def _step(model: nn.Module, x: torch.Tensor) -> Callable[[], object]:
     parameters = [p for p in model.parameters() if p.requires_grad]
-    # Fused: the plain one takes 40 us for each of the many small parameters, whatever layer they belong to.
+    # Fused: the plain one takes its time for each of many small parameters, whatever layer they belong to.
     optimizer = torch.optim.AdamW(parameters, fused=True) if parameters else None
 
     def run() -> None:
