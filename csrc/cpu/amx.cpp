@@ -43,10 +43,8 @@ bool takes_base(const void* W, int64_t M, int64_t D, int64_t N) {
     return W && M >= FEWEST_ROWS && D * N <= MOST_ELEMENTS;
 }
 
-// Rows per task: many, so that the packed base is read seldom; few enough to share out.
-int64_t rows_per_block(int64_t M) { return larger(2 * PAIR, smaller(8 * PAIR, M / 16 / PAIR * PAIR)); }
-
-// Adds the bias to the sums of 32 columns, rounds and writes them, some rows at each call.
+// Adds the bias to the sums of 32 columns, rounds and writes them, some rows at each call. The output is far away, and a
+// row of a panel a single line of it: each is asked for a panel ahead.
 class Finish {
     const float* bias_;
     const int64_t M_, width_, rows_per_call_;
@@ -54,7 +52,7 @@ class Finish {
     Prefetch& ahead_;
     const float* sums_ = nullptr;
     bfloat16* to_ = nullptr;
-    int64_t m_;
+    int64_t m_, next_ = 0;
     __mmask32 columns_ = 0;
     __m512 bias_0_{}, bias_1_{};
 
@@ -72,6 +70,7 @@ class Finish {
     void start(const float* sums, int64_t n) {
         rows(M_);
         sums_ = sums, to_ = out_ + n, m_ = 0, columns_ = first32(width_ - n);
+        next_ = n + PAIR < width_ ? PAIR : M_ * width_ - n;
         if (bias_) bias_0_ = _mm512_loadu_ps(bias_ + n), bias_1_ = _mm512_loadu_ps(bias_ + n + ROWS);
     }
     void rows(int64_t count) {
@@ -79,6 +78,7 @@ class Finish {
             const float* const sum = sums_ + m_ / ROWS * 2 * SUM + m_ % ROWS * ROWS;
             const __m512 y_0 = _mm512_load_ps(sum) + bias_0_, y_1 = _mm512_load_ps(sum + SUM) + bias_1_;
             _mm512_mask_storeu_epi16(to_, columns_, (__m512i)_mm512_cvtne2ps_pbh(y_1, y_0));
+            __builtin_prefetch(to_ + next_, 1, 2);
             ahead_.some();
         }
     }
@@ -219,15 +219,14 @@ adamss_status forward_bfloat16(const adamss_forward_args& args) {
     Buffer<float> bias(pairs_for(N) * PAIR);
     if (args.bias) to_arithmetic(static_cast<const bfloat16*>(args.bias), bias.data(), N);
 
-    const int64_t block_M = rows_per_block(args.M);
-    parallel_blocks((args.M + block_M - 1) / block_M, [&](int64_t block) {
+    parallel_blocks((args.M + BLOCK_M - 1) / BLOCK_M, [&](int64_t block) {
         const TilesInUse tiles;
-        const int64_t begin = block * block_M, M = smaller(block_M, args.M - begin);
+        const int64_t begin = block * BLOCK_M, M = smaller(BLOCK_M, args.M - begin);
         const bfloat16* const x = static_cast<const bfloat16*>(args.x) + begin * args.stride_xm;
         Buffer<bfloat16> left(pass.left_size(M), UNINITIALISED);
         Buffer<float> S(pairs_for(M) * PAIR * pass.stride_s(), UNINITIALISED);
         Prefetch ahead(pairs_for(N) * M);
-        ahead.add(x + M * args.stride_xm, args.stride_xm, smaller(block_M, args.M - begin - M));
+        ahead.add(x + M * args.stride_xm, args.stride_xm, smaller(BLOCK_M, args.M - begin - M));
         pass.skinny(x, args.stride_xm, M, projection.q.data(), left.data(), S.data());
         if (args.S)
             write_S(columns, S.data(), pass.stride_s(), M, rho_full, static_cast<float*>(args.S) + begin * rho_full);
