@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -189,3 +190,12 @@ def test_the_sanitizer_looks_at_our_kernels_alone(bench):
     assert command[:3] == ["compute-sanitizer", "--tool", "memcheck"]
     # What torch asks the driver for in vain is no error of ours.
     assert command[command.index("--report-api-errors") + 1] == "no"
+    # The filters of --kernel-name: regex=... is searched for, kns=... is a part of the mangled name.
+    key, pattern = bench("gpu").sanitizer("compute-sanitizer", "triton", "racecheck")[-1].split("=")
+    assert key == "regex"
+    triton = (ROOT / "adamss_kernels" / "triton").glob("kernels*.py")
+    ours = [name for path in triton for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)]
+    assert len(ours) > 10
+    assert all(re.search(pattern, name) for name in ours)
+    others = ("_ZN2at6native29vectorized_elementwise_kernelILi4E", "_Z17gemv2T_kernel_valIii", "nvjet_hsh_64x8_kernel")
+    assert not any(re.search(pattern, name) for name in others)
