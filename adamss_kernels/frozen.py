@@ -42,7 +42,11 @@ def frozen_projection(
     that still read the old one.
     """
     frozen = (basis, basis_bias, active)
-    if not isinstance(B, nn.Parameter) or B.requires_grad or any(t is not None and t.is_inference() for t in (B, *frozen)):
+    if (
+        not isinstance(B, nn.Parameter)
+        or B.requires_grad
+        or any(t is not None and t.is_inference() for t in (B, *frozen))
+    ):
         return project(basis, basis_bias, B, offsets, active, dtype)
     # `module.to` puts other data into the same tensor; only writing in place counts versions.
     state = (dtype, B.data_ptr(), B._version, *(None if t is None else (t.data_ptr(), t._version) for t in frozen))

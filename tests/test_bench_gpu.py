@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,13 @@ def test_stages_end_within_ten_minutes(bench):
     assert gpu.share("asa", [], 1000) == 2 * gpu.BUDGETS["asa"]
 
 
+def test_the_time_that_python_took_to_start_counts(bench, monkeypatch):
+    gpu = bench("gpu")
+    monkeypatch.setenv("ADAMSS_BENCH_BEGAN", str(time.time() - 100))
+    assert gpu.TOTAL - gpu.GRACE - 160 < gpu.seconds_left() <= gpu.TOTAL - gpu.GRACE - 100
+    assert "ADAMSS_BENCH_BEGAN" in (ROOT / "bench" / "gpu.sh").read_text()
+
+
 def test_a_command_that_is_stopped_leaves_no_process_behind(bench):
     # A background process holds the output open; it would keep a reader of a pipe waiting, and the GPU busy.
     status, said = bench("gpu")._run(["bash", "-c", "sleep 600 & echo $!; wait"], torch.device("cpu"), 0.5)
@@ -120,9 +128,13 @@ def test_what_tune_found_reaches_the_stages_after_it(bench, tmp_path):
 
 def test_the_step_has_all_its_layers_and_outlives_a_method_that_fails(bench, monkeypatch):
     llama_step, gpu = bench("llama_step"), bench("gpu")
-    measured = []
+    measured, models = [], []
 
     def measure(adapt, device, layers):
+        assert not any(model() for model in models)
+        model = torch.nn.Module()
+        model.__dict__["itself"] = model
+        models.append(weakref.ref(model))
         measured.append(layers)
         if len(measured) == 2:
             raise RuntimeError("broken\nlibrary")

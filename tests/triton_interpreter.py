@@ -290,9 +290,7 @@ def test_frozen_B_is_projected_once_per_version(monkeypatch):
 
 def test_frozen_B_projected_in_inference_mode_can_change_outside():
     problem = make_problem(M=3, D=20, N=24).to(torch.float32)
-    problem.x, problem.B, problem.C = (
-        nn.Parameter(t, requires_grad=False) for t in (problem.x, problem.B, problem.C)
-    )
+    problem.x, problem.B, problem.C = (nn.Parameter(t, requires_grad=False) for t in (problem.x, problem.B, problem.C))
     for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
         with mode():
             problem.B.mul_(2)

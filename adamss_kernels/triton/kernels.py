@@ -339,9 +339,8 @@ def _delta_fwd_kernel(
 
 @triton.jit
 def _sum_over_parts(parts_ptr, offs, mask, T, E):
-    """sum_t parts[t] at `offs` where `mask`, else 0; parts (T, E). Eight by eight: with hundreds of parts, one after the
-    other would round as often as it adds and wait for each load before the next.
-    """
+    """sum_t parts[t] at `offs` where `mask`, else 0; parts (T, E)."""
+    # Of hundreds of parts, one by one, each would wait for the load of the last and round the whole sum.
     total = tl.zeros(offs.shape, tl.float32)
     for _ in range(T // 8):
         eight = tl.zeros(offs.shape, tl.float32)
