@@ -87,9 +87,10 @@ def sanitize(device: torch.device, budget: float, save: Save) -> dict[str, Any]:
         # Without torch's caching allocator, an access past the end of a tensor is one past the end of an allocation.
         variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         status, said = _run([*prefix, *program, "--backend", backend], device, left, **variables)
-        rows.append(
-            {"backend": backend, "check": check if prefix else f"{check}: run without the sanitizer", "status": status}
-        )
+        watched = check if prefix else f"{check}: run without the sanitizer"
+        # The sanitizer's own last word, or the program's: a status alone does not show that anything was watched.
+        last = next((line for line in reversed(said.splitlines()) if line.strip()), "")
+        rows.append({"backend": backend, "check": watched, "status": status, "said": last[:200]})
         if status:
             result["error"] = f"{result.get('error', '')}{backend}, {check}: {said[:2000]} ... {said[-2000:]}\n"
         save(result)

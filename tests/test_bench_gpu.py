@@ -12,6 +12,7 @@ import sys
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -211,3 +212,13 @@ def test_the_sanitizer_looks_at_our_kernels_alone(bench):
     assert all(re.search(pattern, name) for name in ours)
     others = ("_ZN2at6native29vectorized_elementwise_kernelILi4E", "_Z17gemv2T_kernel_valIii", "nvjet_hsh_64x8_kernel")
     assert not any(re.search(pattern, name) for name in others)
+
+
+def test_what_the_sanitizer_said_is_kept(bench, monkeypatch):
+    gpu = bench("gpu")
+    monkeypatch.setattr(gpu.shutil, "which", lambda _: "compute-sanitizer")
+    monkeypatch.setattr(gpu.ops, "implementation", lambda _: SimpleNamespace(unavailable=lambda *_: None))
+    said = "agrees with the reference\n========= ERROR SUMMARY: 0 errors\n\n"
+    monkeypatch.setattr(gpu, "_run", lambda command, *_, **__: (0, said))
+    rows = gpu.sanitize(torch.device("cuda"), 100, lambda _: None)["rows"]
+    assert [(row["status"], row["said"]) for row in rows] == [(0, "========= ERROR SUMMARY: 0 errors")] * 4
