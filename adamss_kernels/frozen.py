@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 
@@ -35,13 +35,18 @@ def frozen_projection(
 ) -> tuple[Tensor, Tensor | None]:
     """Return Q and q, computed once for every version of a frozen B, its basis and its mask.
 
-    B counts as frozen when it does not require gradients. A changed version is written over the old Q, so the address
+    B counts as frozen when it is a parameter that does not require gradients: other tensors, such as one packed for
+    this call alone, are seldom seen again. A changed version is written over the old Q, so the address
     that a CUDA graph recorded stays valid; a graph that replays across such a change reads the new Q only after some
     call outside a graph has computed it. Streams wait for each other's Q, but a change does not wait for other streams
     that still read the old one.
     """
     frozen = (basis, basis_bias, active)
-    if B.requires_grad or any(t is not None and t.is_inference() for t in (B, *frozen)):
+    if (
+        not isinstance(B, nn.Parameter)
+        or B.requires_grad
+        or any(t is not None and t.is_inference() for t in (B, *frozen))
+    ):
         return project(basis, basis_bias, B, offsets, active, dtype)
     # `module.to` puts other data into the same tensor; only writing in place counts versions.
     state = (dtype, B.data_ptr(), B._version, *(None if t is None else (t.data_ptr(), t._version) for t in frozen))

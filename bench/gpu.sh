@@ -10,5 +10,8 @@
 # Each is written as it grows, so that a run that is cut short keeps what it has measured.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# The first import of torch on a fresh machine can take a minute; it counts, too.
+ADAMSS_BENCH_BEGAN="$(date +%s)"
+export ADAMSS_BENCH_BEGAN
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 exec "${PYTHON:-python3}" bench/gpu.py "$@"

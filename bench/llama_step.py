@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from typing import Any
@@ -50,6 +51,8 @@ def run(device: torch.device, budget: float, save: Callable[[dict[str, Any]], No
         except Exception as error:  # out of memory, or whatever another library cannot do
             rows.append({"method": name, "error": f"{type(error).__name__}: {error}".splitlines()[0]})
         save(result)
+        # transformers' models hold themselves: one would still count in the peak of the next method.
+        gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return result

@@ -6,10 +6,13 @@ import contextlib
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,6 +71,13 @@ def test_stages_end_within_ten_minutes(bench):
     assert gpu.share("asa", [], 1000) == 2 * gpu.BUDGETS["asa"]
 
 
+def test_the_time_that_python_took_to_start_counts(bench, monkeypatch):
+    gpu = bench("gpu")
+    monkeypatch.setenv("ADAMSS_BENCH_BEGAN", str(time.time() - 100))
+    assert gpu.TOTAL - gpu.GRACE - 160 < gpu.seconds_left() <= gpu.TOTAL - gpu.GRACE - 100
+    assert "ADAMSS_BENCH_BEGAN" in (ROOT / "bench" / "gpu.sh").read_text()
+
+
 def test_a_command_that_is_stopped_leaves_no_process_behind(bench):
     # A background process holds the output open; it would keep a reader of a pipe waiting, and the GPU busy.
     status, said = bench("gpu")._run(["bash", "-c", "sleep 600 & echo $!; wait"], torch.device("cpu"), 0.5)
@@ -119,9 +129,13 @@ def test_what_tune_found_reaches_the_stages_after_it(bench, tmp_path):
 
 def test_the_step_has_all_its_layers_and_outlives_a_method_that_fails(bench, monkeypatch):
     llama_step, gpu = bench("llama_step"), bench("gpu")
-    measured = []
+    measured, models = [], []
 
     def measure(adapt, device, layers):
+        assert not any(model() for model in models)
+        model = torch.nn.Module()
+        model.__dict__["itself"] = model
+        models.append(weakref.ref(model))
         measured.append(layers)
         if len(measured) == 2:
             raise RuntimeError("broken\nlibrary")
@@ -189,3 +203,22 @@ def test_the_sanitizer_looks_at_our_kernels_alone(bench):
     assert command[:3] == ["compute-sanitizer", "--tool", "memcheck"]
     # What torch asks the driver for in vain is no error of ours.
     assert command[command.index("--report-api-errors") + 1] == "no"
+    # The filters of --kernel-name: regex=... is searched for, kns=... is a part of the mangled name.
+    key, pattern = bench("gpu").sanitizer("compute-sanitizer", "triton", "racecheck")[-1].split("=")
+    assert key == "regex"
+    triton = (ROOT / "adamss_kernels" / "triton").glob("kernels*.py")
+    ours = [name for path in triton for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)]
+    assert len(ours) > 10
+    assert all(re.search(pattern, name) for name in ours)
+    others = ("_ZN2at6native29vectorized_elementwise_kernelILi4E", "_Z17gemv2T_kernel_valIii", "nvjet_hsh_64x8_kernel")
+    assert not any(re.search(pattern, name) for name in others)
+
+
+def test_what_the_sanitizer_said_is_kept(bench, monkeypatch):
+    gpu = bench("gpu")
+    monkeypatch.setattr(gpu.shutil, "which", lambda _: "compute-sanitizer")
+    monkeypatch.setattr(gpu.ops, "implementation", lambda _: SimpleNamespace(unavailable=lambda *_: None))
+    said = "agrees with the reference\n========= ERROR SUMMARY: 0 errors\n\n"
+    monkeypatch.setattr(gpu, "_run", lambda command, *_, **__: (0, said))
+    rows = gpu.sanitize(torch.device("cuda"), 100, lambda _: None)["rows"]
+    assert [(row["status"], row["said"]) for row in rows] == [(0, "========= ERROR SUMMARY: 0 errors")] * 4

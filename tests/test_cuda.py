@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import make_problem
 from test_gradients import naive, relative_error
+from torch import nn
 
 from adamss_kernels import adamss_linear, ops
 from adamss_kernels.layout import block_diagonal, column_mask
@@ -243,6 +244,7 @@ def test_frozen_B_is_projected_once(twin):
     problem = make_problem(dtype=torch.float32)
     for t in (problem.x, problem.B, problem.C):
         t.requires_grad_(False)
+    problem.B = nn.Parameter(problem.B, requires_grad=False)
     launched = []
     for _ in range(2):
         twin.set()

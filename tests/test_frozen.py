@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from adamss_kernels import frozen
 
@@ -44,7 +45,7 @@ def test_what_is_kept_lies_outside_the_memory_of_cuda_graphs(cuda):
         seen.append((threading.get_ident(), torch.is_inference_mode_enabled()))
         return B @ basis, None
 
-    B, basis = torch.randn(3, 4), torch.randn(4, 5)
+    B, basis = nn.Parameter(torch.randn(3, 4), requires_grad=False), torch.randn(4, 5)
     with torch.inference_mode():
         Q, _ = frozen.frozen_projection(project, basis, None, B, None, None, torch.float32)
         again, _ = frozen.frozen_projection(project, basis, None, B, None, None, torch.float32)
@@ -61,7 +62,7 @@ def test_what_is_kept_lies_outside_the_memory_of_cuda_graphs(cuda):
 
 
 def test_another_stream_waits_until_it_has_been_computed(cuda):
-    B, basis = torch.randn(3, 4), torch.randn(4, 5)
+    B, basis = nn.Parameter(torch.randn(3, 4), requires_grad=False), torch.randn(4, 5)
 
     def call():
         frozen.frozen_projection(lambda *_: (B @ basis, None), basis, None, B, None, None, torch.float32)
@@ -76,3 +77,20 @@ def test_another_stream_waits_until_it_has_been_computed(cuda):
     cuda.is_capturing = True
     call()
     assert second.waited == [first]
+
+
+def test_what_is_packed_for_one_call_is_projected_in_place(cuda):
+    """In a PEFT model B is packed anew in each forward, which without gradients does not require any."""
+    parts, basis = [nn.Parameter(torch.randn(1, 4)) for _ in range(3)], torch.randn(4, 5)
+    threads = []
+
+    def project(basis, basis_bias, B, offsets, active, dtype):
+        threads.append(threading.get_ident())
+        return B @ basis, None
+
+    with torch.no_grad():
+        B = torch.cat(parts)
+        for _ in range(2):
+            frozen.frozen_projection(project, basis, None, B, None, None, torch.float32)
+    assert threads == [threading.get_ident()] * 2
+    assert B not in frozen._projections

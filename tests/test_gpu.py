@@ -152,8 +152,8 @@ def test_compiles_whole_with_any_number_of_tokens(backend):
 def test_a_frozen_adapter_compiles_into_cuda_graphs(backend):
     problem = problem_on_device(*SHAPES[1], torch.bfloat16, torch.float32)
     name = backend_or_skip(backend, torch.bfloat16)
-    for tensor in (problem.x, problem.B, problem.C):
-        tensor.requires_grad_(False)
+    for letter in "xBC":
+        setattr(problem, letter, torch.nn.Parameter(getattr(problem, letter), requires_grad=False))
     compiled = torch.compile(lambda x: adamss_linear(x, *problem.operands[1:], backend=name), mode="reduce-overhead")
     # Warm-up, capture, replay; what is kept of a frozen B must not lie in the graphs' memory.
     for _ in range(4):
@@ -211,8 +211,8 @@ def test_cuda_graph_follows_changed_operands_and_masks(backend, shape):
 def test_frozen_adapter_in_a_cuda_graph_follows_the_next_eager_call(backend):
     problem = problem_on_device(*SHAPES[0], torch.bfloat16, torch.float32)
     name = backend_or_skip(backend, torch.bfloat16)
-    for tensor in (problem.x, problem.B, problem.C):
-        tensor.requires_grad_(False)
+    for letter in "xBC":
+        setattr(problem, letter, torch.nn.Parameter(getattr(problem, letter), requires_grad=False))
     run = lambda: adamss_linear(*problem.operands, backend=name)  # noqa: E731
     warm_up(run)
     graph = torch.cuda.CUDAGraph()

@@ -338,12 +338,26 @@ def _delta_fwd_kernel(
 
 
 @triton.jit
+def _sum_over_parts(parts_ptr, offs, mask, T, E):
+    """sum_t parts[t] at `offs` where `mask`, else 0; parts (T, E)."""
+    # Of hundreds of parts, one by one, each would wait for the load of the last and round the whole sum.
+    total = tl.zeros(offs.shape, tl.float32)
+    for _ in range(T // 8):
+        eight = tl.zeros(offs.shape, tl.float32)
+        for _ in tl.static_range(8):
+            eight += tl.load(parts_ptr + offs, mask=mask, other=0.0)
+            parts_ptr += E
+        total += eight
+    for _ in range(T % 8):
+        total += tl.load(parts_ptr + offs, mask=mask, other=0.0)
+        parts_ptr += E
+    return total
+
+
+@triton.jit
 def _sum_parts_kernel(parts_ptr, total_ptr, T, E, BLOCK_E: tl.constexpr):
     """total = sum_t parts[t]; parts (T, E), total (E,)."""
     offs_e = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     e_mask = offs_e < E
-    total = tl.zeros((BLOCK_E,), tl.float32)
-    for _ in range(T):
-        total += tl.load(parts_ptr + offs_e, mask=e_mask, other=0.0)
-        parts_ptr += E
+    total = _sum_over_parts(parts_ptr, offs_e, e_mask, T, E)
     tl.store(total_ptr + offs_e, total.to(total_ptr.dtype.element_ty), mask=e_mask)

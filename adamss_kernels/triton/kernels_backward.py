@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .kernels import _add_product, _column_mask, _Ct_tile, _reads, _row_span, _tile_id
+from .kernels import _add_product, _column_mask, _Ct_tile, _reads, _row_span, _sum_over_parts, _tile_id
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -64,10 +64,7 @@ def _sum_dC_kernel(
     # Entries without a column of S were never written, so they must not be read either.
     dC_mask = offs_j[None, :] < (last - first)[:, None]
     offs = offs_n.to(tl.int64)[:, None] * r_max + offs_j[None, :]
-    dC = tl.zeros((BLOCK_N, BLOCK_J), tl.float32)
-    for _ in range(T):
-        dC += tl.load(parts_ptr + offs, mask=dC_mask, other=0.0)
-        parts_ptr += N * r_max
+    dC = _sum_over_parts(parts_ptr, offs, dC_mask, T, N * r_max)
     tl.store(dC_ptr + offs, dC.to(dC_ptr.dtype.element_ty), mask=(offs_n < N)[:, None] & (offs_j < r_max)[None, :])
 
 
@@ -138,8 +135,5 @@ def _sum_dB_kernel(
     on = _column_mask(offs_rho, K, offsets_ptr, active_ptr, trainable_ptr, BLOCK_K)
     dB_mask = (offs_rho < RHO)[:, None] & (offs_z < Z)[None, :]
     offs = offs_rho.to(tl.int64)[:, None] * Z + offs_z[None, :]
-    dB = tl.zeros((BLOCK_RHO, BLOCK_Z), tl.float32)
-    for _ in range(T):
-        dB += tl.load(parts_ptr + offs, mask=dB_mask & on[:, None], other=0.0)
-        parts_ptr += RHO * Z
+    dB = _sum_over_parts(parts_ptr, offs, dB_mask & on[:, None], T, RHO * Z)
     tl.store(dB_ptr + offs, dB.to(dB_ptr.dtype.element_ty), mask=dB_mask)

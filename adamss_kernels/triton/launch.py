@@ -18,7 +18,7 @@ from .tuning import Config
 # Not tuned: these kernels move little.
 _INPUT_PROJECTION = Config(16, 64, 16, num_stages=2)
 _SUM_DC = Config(32, 16)
-_SUM_DB = Config(16, 64)
+_SUM_DB = Config(16, 32)
 _SUM_PARTS = Config(16, 1024)
 
 
@@ -222,11 +222,11 @@ def sum_dB(
     """Return the sum over t of parts (T, RHO, Z) in `dtype`, zero in rows of subspaces that do not learn."""
     (T, rho, Z), K = parts.shape, offsets.shape[0] - 1
     dB = parts.new_empty(rho, Z, dtype=dtype)
-    config, BLOCK_RHO = _SUM_DB, block(rho, 32)
+    config = _SUM_DB
     launch(
-        kernels_backward._sum_dB_kernel, (cdiv(Z, config.cols), cdiv(rho, BLOCK_RHO)), config,
+        kernels_backward._sum_dB_kernel, (cdiv(Z, config.cols), cdiv(rho, config.rows)), config,
         parts, offsets, active, trainable, dB, T, K, rho, Z,
-        BLOCK_RHO=BLOCK_RHO, BLOCK_Z=config.cols, BLOCK_K=block(K, K * 2),
+        BLOCK_RHO=config.rows, BLOCK_Z=config.cols, BLOCK_K=block(K, K * 2),
     )  # fmt: skip
     return dB
 
