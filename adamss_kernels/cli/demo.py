@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import importlib.util
 import json
 import statistics
 import time
@@ -124,11 +125,12 @@ def run(args: argparse.Namespace) -> int:
         f"\n\nadapter: {path} ({path.stat().st_size / 1024:.0f} KiB)"
         f"\nreloaded, same predictions: {'yes' if same else 'NO'}"
     )
-    if draw(args.output / "curves.png", runs):
+    if importlib.util.find_spec("matplotlib") is None:
+        print("plots: not drawn, matplotlib is missing")
+    else:
+        draw(args.output / "curves.png", runs)
         allocator.plot(args.output / "subspaces.png")
         print(f"plots: {args.output / 'curves.png'}, {args.output / 'subspaces.png'}")
-    else:
-        print("plots: not drawn, matplotlib is missing")
     return 0 if same else 1
 
 
@@ -237,16 +239,12 @@ def step_times(models: list[nn.Module], data: Split, repeats: int = 30) -> list[
     return [statistics.median(samples) for samples in times]
 
 
-def draw(path: Path, runs: dict[str, Run]) -> bool:
-    """Plot loss and accuracy of each run over epochs; False where matplotlib is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+def draw(path: Path, runs: dict[str, Run]) -> None:
+    """Plot loss and accuracy of each run over epochs."""
+    from matplotlib.figure import Figure
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for (name, run), style in zip(runs.items(), (":", "--", "-"), strict=True):
         epochs = range(1, len(run.losses) + 1)
         left.plot(epochs, run.losses, style, color="black", label=name)
@@ -257,5 +255,3 @@ def draw(path: Path, runs: dict[str, Run]) -> bool:
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import re
 import shutil
@@ -110,10 +111,13 @@ def run(args: argparse.Namespace) -> int:
     _write(args.output / RESULTS, results)
     shutil.rmtree(folder)
     print(tables(results))
-    drawn = draw_comparison(args.output / "peft_comparison.png", results)
-    drawn = drawn and draw_spectra(args.output / "spectra.png", results)
     print(f"\nresults: {args.output / RESULTS}")
-    print(f"plots: {args.output}" if drawn else "plots: not drawn, matplotlib is missing")
+    if importlib.util.find_spec("matplotlib") is None:
+        print("plots: not drawn, matplotlib is missing")
+        return 0
+    draw_comparison(args.output / "peft_comparison.png", results)
+    draw_spectra(args.output / "spectra.png", results)
+    print(f"plots: {args.output}")
     return 0
 
 
