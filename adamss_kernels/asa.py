@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from .config import AdaMSSConfig, require_config
-from .importance import ImportanceBank, RowStack, accumulate, build_banks, full_tensor, measure
-from .model import adamss_layers, unwrap
+from .distributed import full_tensor, unwrap
+from .importance import ImportanceBank, RowStack, accumulate, build_banks, measure
+from .model import adamss_layers
 
 logger = logging.getLogger(__name__)
 

@@ -12,18 +12,17 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .adapters import METHODS, AdapterLinear
 from .atomic import replace_file
 from .config import AdaMSSConfig
 from .decompose import Decomposition, augmented, decompose
+from .distributed import full_tensor, is_writer, unwrap, wait_for_writer
 from .frozen_linear import FrozenLinear, plain_linear
-from .importance import full_tensor
 from .layout import SubspaceLayout
 from .linear import FusedAdaMSSLinear
-from .model import adapted_layers, replace_modules, saved_modules, unwrap
+from .model import adapted_layers, replace_modules, saved_modules
 from .sketch import relative_difference, sketch
 
 TENSORS_FILE = "adapter.safetensors"
@@ -331,24 +330,3 @@ def _find(model: nn.Module, name: str, path: Path) -> nn.Module:
         return model.get_submodule(name)
     except AttributeError:
         raise ValueError(f"{path}: was saved with a module {name!r}, which this model does not have") from None
-
-
-def is_writer(model: nn.Module) -> bool:
-    """Whether this process writes: the first of the ranks that train this model together."""
-    for module in model.modules():
-        if isinstance(module, nn.parallel.DistributedDataParallel):
-            return torch.distributed.get_rank(module.process_group) == 0
-    mesh = _device_mesh(model)
-    return mesh is None or not any(mesh.get_coordinate() or ())
-
-
-def wait_for_writer(model: nn.Module) -> None:
-    """Return on every rank of a model under FSDP2 when the first one has come here too."""
-    mesh = _device_mesh(model)
-    for dim in range(0 if mesh is None else mesh.ndim):
-        torch.distributed.barrier(group=mesh.get_group(dim))
-
-
-def _device_mesh(model: nn.Module) -> Any:
-    """Return the `DeviceMesh` that `fully_shard` spread the parameters over, or None."""
-    return next((p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")), None)

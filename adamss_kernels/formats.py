@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from .atomic import replace_file
-from .checkpoint import SAME_BASIS, is_writer, wait_for_writer
+from .checkpoint import SAME_BASIS
 from .config import ASA_FIELDS, AdaMSSConfig
 from .decompose import Decomposition, augmented, decompose
+from .distributed import full_tensor, is_writer, unwrap, wait_for_writer
 from .frozen_linear import plain_linear
-from .importance import full_tensor
 from .layout import SubspaceLayout, block_diagonal, column_mask
 from .linear import FusedAdaMSSLinear
-from .model import adamss_layers, adapted_layers, modules_to_save, names_to_save, replace_modules, saved_modules, unwrap
+from .model import adamss_layers, adapted_layers, modules_to_save, names_to_save, replace_modules, saved_modules
 
 logger = logging.getLogger(__name__)
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import native
+from .distributed import full_tensor
 from .linear import FusedAdaMSSLinear
 
 _CPU_BLOCK = 2**15
@@ -401,11 +402,6 @@ def _runs(rows: list[int], width: int) -> list[tuple[slice, slice]]:
             first, start = member, at
         at += count
     return [*runs, (slice(first, len(rows)), slice(start, at))]
-
-
-def full_tensor(tensor: Tensor) -> Tensor:
-    """Return a plain tensor: of a DTensor the whole (a collective call), any other as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _stack_key(member: Member) -> tuple[Any, ...]:

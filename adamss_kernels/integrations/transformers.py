@@ -18,8 +18,8 @@ from transformers.trainer_callback import ExportableState
 
 from ..asa import SubspaceAllocator, is_event
 from ..config import ASA_FIELDS, AdaMSSConfig
-from ..importance import full_tensor
-from ..model import adamss_layers, unwrap
+from ..distributed import full_tensor, unwrap
+from ..model import adamss_layers
 
 logger = logging.getLogger(__name__)
 
