@@ -64,7 +64,7 @@ def build_banks(layers: Mapping[str, FusedAdaMSSLinear], betas: tuple[float, flo
     for name, layer in layers.items():
         ranks = torch.tensor(layer.layout.ranks)
         row_subspace = layer.row_subspace.cpu().long()
-        sizes = torch.bincount(row_subspace, minlength=len(ranks))
+        sizes = torch.tensor(layer.layout.sizes)
         of_B = torch.repeat_interleave(torch.arange(len(ranks)), ranks)
         for which, owner, elements in (
             ("B", of_B, ranks * layer.basis.shape[0]),

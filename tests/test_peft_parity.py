@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from adamss_kernels import AdaMSSConfig, FusedAdaMSSLinear, inject_adamss
-from adamss_kernels.decompose import _truncated_svd
+from adamss_kernels.decompose import _truncated_svd, augmented
 
 peft = pytest.importorskip("peft")
 
@@ -75,9 +75,8 @@ def test_initial_directions_are_orthonormal_and_capture_at_least_what_pefts_do()
     config = {"r": 20, "num_subspaces": 4, "subspace_rank": 2}
     theirs = peft_layer(copy.deepcopy(linear), **config)
     ours = FusedAdaMSSLinear.from_linear(linear, AdaMSSConfig(**config))
-    augmented = torch.cat((linear.weight, linear.bias[:, None]), 1).detach()
     torch.manual_seed(0)
-    U, _ = _truncated_svd(augmented, 20)
+    U, _ = _truncated_svd(augmented(linear.weight, linear.bias), 20)
     B, _ = ours.layout.unpack(ours.B, ours.C)
     for k, (B_k, A_k) in enumerate(zip(B, theirs.adamss_A["default"], strict=True)):
         assert torch.allclose(B_k @ B_k.T, torch.eye(len(B_k)), atol=1e-5)

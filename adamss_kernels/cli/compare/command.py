@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ... import __version__
 from ...atomic import replace_file
-from .fit import FROM_BASE, FROM_ZERO, PERTURBATION, budget, fit, setting
+from .fit import PERTURBATION, STARTS, budget, fit, setting
 from .matrices import DRAWN, drawn_matrix, pretrained_matrices
 from .metrics import effective_rank, errors, singular_values
 from .report import draw_comparison, draw_spectra, tables
@@ -130,7 +130,7 @@ def _tasks(names: list[str], seeds: list[int], target: Any) -> Iterator[Task]:
     for name in names:
         shape = tuple(target(name, seeds[0]).shape)
         for seed in seeds:
-            for start, methods in (("zero", FROM_ZERO), ("perturbed", FROM_BASE)):
+            for start, methods in STARTS.items():
                 yield from (Task(name, seed, start, m) for m in methods if setting(m, shape) is not None)
 
 
@@ -158,7 +158,7 @@ def _summary(name: str, targets: dict[int, Tensor], done: dict[Task, dict[str, A
             "singular_values": _rounded(next(iter(spectra.values())).tolist()),
         },
     }
-    for start, methods in (("zero", FROM_ZERO), ("perturbed", FROM_BASE)):
+    for start, methods in STARTS.items():
         summary[start] = {}
         for method in methods:
             fits = [fitted for task, fitted in done.items() if task[0] == name and task[2:] == (start, method)]
