@@ -131,7 +131,7 @@ def test_copies_are_whole_and_independent(duplicate, merged):
     assert not torch.equal(layer(x), other(x))
 
 
-def test_moves_between_dtypes():
+def test_a_layer_that_is_cast_trains_in_its_new_dtype():
     layer = make_layer().to(torch.bfloat16)
     assert layer.row_subspace.dtype == torch.int32
     assert layer.active.dtype == torch.bool
