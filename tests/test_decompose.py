@@ -56,7 +56,7 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(value):
         FusedAdaMSSLinear.from_linear(linear, AdaMSSConfig(), name="encoder.query")
 
 
-def test_a_weight_of_equal_rows_gets_one_subspace():
+def test_a_weight_of_equal_rows_makes_a_layer_that_runs():
     linear = nn.Linear(6, 5, bias=False)
     linear.weight.data.copy_(linear.weight.data[:1].expand(5, 6).clone())
     layer = FusedAdaMSSLinear.from_linear(linear, AdaMSSConfig(r=1, num_subspaces=3))
