@@ -332,11 +332,12 @@ def test_freed_memory_stays_with_the_process_while_it_is_measured():
         from adamss_kernels.native.allocator import keep_freed_memory
         kept = keep_freed_memory()
         assert kept or sys.platform != "linux"
-        for _ in range(3):
+        def faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             torch.ones(8 << 20)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(8 << 20)
-        print(int(kept), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        # What else lies on the heap may keep a block from fitting where the one before was.
+        print(int(kept), min(faults() for _ in range(10)))"""
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     kept, faults = map(int, result.stdout.split())
     assert not kept or faults < 100, "32 MiB of fresh memory would be 8192 pages"
