@@ -14,10 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from .config import AdaMSSConfig, require_config
-from .importance import ImportanceBank, RowStack, accumulate, build_banks, full_tensor, measure
-from .model import adamss_layers, unwrap
+from .distributed import full_tensor, unwrap
+from .importance import ImportanceBank, RowStack, accumulate, build_banks, measure
+from .model import adamss_layers
 
 logger = logging.getLogger(__name__)
+
+
+def is_event(step: int, config: Any, exact: bool) -> bool:
+    """Whether subspaces are frozen after the optimizer step `step`; PEFT, which is not `exact`, may skip the last one.
+
+    `config` is an `AdaMSSConfig` or PEFT's.
+    """
+    due = step % config.mask_interval == 0 or (exact and step == config.final_warmup)
+    return due and config.init_warmup <= step <= config.final_warmup
 
 
 def scheduled_budget(step: int, total: int, config: AdaMSSConfig) -> int:
@@ -48,6 +58,21 @@ def keep_above_threshold(scores: Tensor, candidates: Tensor, budget: int) -> Ten
     if budget >= len(among):
         return candidates.clone()
     return candidates & (scores > among.sort(descending=True).values[budget - 1])
+
+
+def survivors(step: int, scores: Tensor, candidates: Tensor, budget: int, *, exact: bool, stacklevel: int) -> Tensor:
+    """Return the mask (n,) of the candidates that train on after the event at `step`: ours, or PEFT's if not `exact`.
+
+    Warns where all scores are zero: then nothing is pruned, or, as in PEFT, everything. `stacklevel` is the warning's.
+    """
+    if budget >= int(candidates.sum()):
+        return candidates
+    if not scores[candidates].any():
+        consequence = "nothing is pruned" if exact else "everything is frozen, as in PEFT"
+        warnings.warn(f"ASA step {step}: all scores are zero, so {consequence}", stacklevel=stacklevel)
+        if exact:
+            return candidates
+    return (keep_top if exact else keep_above_threshold)(scores, candidates, budget)
 
 
 _STATE = ("importance", "uncertainty", "trainable", "active", "scored_steps", "history")
@@ -146,8 +171,7 @@ class SubspaceAllocator:
         if config.init_warmup <= step <= config.final_warmup:
             if self._stepped or not self._attached:
                 self._score()
-            last = step == config.final_warmup and config.asa_compat is None
-            if step % config.mask_interval == 0 or last:
+            if is_event(step, config, config.asa_compat is None):
                 self._allocate(step)
         self._stepped = False
 
@@ -277,15 +301,7 @@ class SubspaceAllocator:
         for scope in scopes:
             candidates = before[scope]
             budgets.append(scheduled_budget(step, len(candidates), config))
-            if budgets[-1] >= int(candidates.sum()):
-                continue
-            if not scores[scope][candidates].any():
-                consequence = "nothing is pruned" if exact else "everything is frozen, as in PEFT"
-                warnings.warn(f"ASA step {step}: all scores are zero, so {consequence}", stacklevel=4)
-                if exact:
-                    continue
-            select = keep_top if exact else keep_above_threshold
-            after[scope] = select(scores[scope], candidates, budgets[-1])
+            after[scope] = survivors(step, scores[scope], candidates, budgets[-1], exact=exact, stacklevel=5)
         if not torch.equal(before, after):
             self._write_masks(after)
         for bank in self._banks():

@@ -12,19 +12,18 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .adapters import METHODS, AdapterLinear
 from .atomic import replace_file
 from .config import AdaMSSConfig
 from .decompose import Decomposition, augmented, decompose
+from .distributed import full_tensor, is_writer, unwrap, wait_for_writer
 from .frozen_linear import FrozenLinear, plain_linear
-from .importance import full_tensor
 from .layout import SubspaceLayout
 from .linear import FusedAdaMSSLinear
-from .model import adapted_layers, replace_modules, saved_modules, unwrap
-from .sketch import relative_difference, sketch
+from .model import adapted_layers, replace_modules, saved_modules
+from .sketch import SKETCH_SHAPE, relative_difference, sketch
 
 TENSORS_FILE = "adapter.safetensors"
 HEADER_FILE = "adapter.json"
@@ -165,14 +164,22 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], *, strict:
     return model
 
 
-class _Checkpoint:
-    """The contents of a checkpoint file; `take` hands out tensors and complains by name."""
+class Checkpoint:
+    """The contents of a checkpoint file; `take` hands out tensors and complains by name.
+
+    Attributes:
+        path: Of the file.
+        header: What stands beside the tensors.
+        tensors: By name.
+        used: Names of those that have been taken.
+    """
 
     def __init__(self, path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self.path, self.header, self.tensors = path, header, tensors
         self.used: set[str] = set()
 
     def take(self, key: str, shape: tuple[int, ...]) -> Tensor:
+        """Return a tensor, or raise a `ValueError` where it is missing or has another shape."""
         if key not in self.tensors:
             raise ValueError(f"{self.path}: tensor {key!r} is missing")
         tensor = self.tensors[key]
@@ -182,7 +189,7 @@ class _Checkpoint:
         return tensor
 
 
-def _read(path: Path) -> _Checkpoint:
+def _read(path: Path) -> Checkpoint:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -202,10 +209,10 @@ def _read(path: Path) -> _Checkpoint:
         raise ValueError(f"{path}: has a damaged header ({type(error).__name__}: {error})") from error
     if version != FORMAT_VERSION:
         raise ValueError(f"{path}: format version {version}, this release reads {FORMAT_VERSION}")
-    return _Checkpoint(path, header, tensors)
+    return Checkpoint(path, header, tensors)
 
 
-def _load_layer(model: nn.Module, name: str, checkpoint: _Checkpoint, strict: bool) -> FrozenLinear:
+def _load_layer(model: nn.Module, name: str, checkpoint: Checkpoint, strict: bool) -> FrozenLinear:
     """Build the layer that replaces module `name`, after checking everything that it is built from."""
     info = checkpoint.header["layers"][name]
     module = _find(model, name, checkpoint.path)
@@ -230,12 +237,13 @@ def _load_layer(model: nn.Module, name: str, checkpoint: _Checkpoint, strict: bo
         raise ValueError(f"{name}: the adapter was trained on a weight of shape {expected}, got {got}")
 
     _require_values(name, weight)
-    _check_base(name, sketch(augmented(weight, bias)), checkpoint.take(f"layers.{name}.base_sketch", (8, 8)), strict)
+    trained_on = checkpoint.take(f"layers.{name}.base_sketch", SKETCH_SHAPE)
+    _check_base(name, sketch(augmented(weight, bias)), trained_on, strict)
     load = _load_related if "method" in info else _load_adamss
     return load(name, weight, bias, checkpoint).train(module.training)
 
 
-def _load_adamss(name: str, weight: Tensor, bias: Tensor | None, checkpoint: _Checkpoint) -> FrozenLinear:
+def _load_adamss(name: str, weight: Tensor, bias: Tensor | None, checkpoint: Checkpoint) -> FrozenLinear:
     info = checkpoint.header["layers"][name]
     stored_config = info.get("config", checkpoint.header.get("config"))
     if stored_config is None:
@@ -249,7 +257,7 @@ def _load_adamss(name: str, weight: Tensor, bias: Tensor | None, checkpoint: _Ch
     shapes = {"B": (rho, R), "C": (N, max(ranks)), "row_subspace": (N,), "ranks": (K,)}
     shapes |= {"active": (K,), "trainable": (K,)}
     if checkpoint.header["compact"]:
-        stored = checkpoint.take(f"layers.{name}.basis_sketch", (8, 8))
+        stored = checkpoint.take(f"layers.{name}.basis_sketch", SKETCH_SHAPE)
         basis, basis_bias = _rebuilt_basis(name, weight, bias, config, stored)
     else:
         basis = checkpoint.take(f"layers.{name}.basis", (R, D))
@@ -269,7 +277,7 @@ def _load_adamss(name: str, weight: Tensor, bias: Tensor | None, checkpoint: _Ch
     return layer
 
 
-def _load_related(name: str, weight: Tensor, bias: Tensor | None, checkpoint: _Checkpoint) -> FrozenLinear:
+def _load_related(name: str, weight: Tensor, bias: Tensor | None, checkpoint: Checkpoint) -> FrozenLinear:
     info = checkpoint.header["layers"][name]
     if info["method"] not in METHODS:
         raise ValueError(f"{checkpoint.path}: layer {name!r}: unknown method {info['method']!r}")
@@ -320,7 +328,7 @@ def _rebuilt_basis(
     return basis, basis_bias
 
 
-def _loaded_module(model: nn.Module, name: str, checkpoint: _Checkpoint) -> dict[str, Tensor]:
+def _loaded_module(model: nn.Module, name: str, checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Return the state dict for module `name` out of `modules_to_save`, checked against the module."""
     state = _find(model, name, checkpoint.path).state_dict()
     return {key: checkpoint.take(f"modules.{name}.{key}", tuple(tensor.shape)) for key, tensor in state.items()}
@@ -331,24 +339,3 @@ def _find(model: nn.Module, name: str, path: Path) -> nn.Module:
         return model.get_submodule(name)
     except AttributeError:
         raise ValueError(f"{path}: was saved with a module {name!r}, which this model does not have") from None
-
-
-def is_writer(model: nn.Module) -> bool:
-    """Whether this process writes: the first of the ranks that train this model together."""
-    for module in model.modules():
-        if isinstance(module, nn.parallel.DistributedDataParallel):
-            return torch.distributed.get_rank(module.process_group) == 0
-    mesh = _device_mesh(model)
-    return mesh is None or not any(mesh.get_coordinate() or ())
-
-
-def wait_for_writer(model: nn.Module) -> None:
-    """Return on every rank of a model under FSDP2 when the first one has come here too."""
-    mesh = _device_mesh(model)
-    for dim in range(0 if mesh is None else mesh.ndim):
-        torch.distributed.barrier(group=mesh.get_group(dim))
-
-
-def _device_mesh(model: nn.Module) -> Any:
-    """Return the `DeviceMesh` that `fully_shard` spread the parameters over, or None."""
-    return next((p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")), None)

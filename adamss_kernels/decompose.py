@@ -51,13 +51,14 @@ def decompose(weight: Tensor, bias: Tensor | None, config: AdaMSSConfig, *, name
         name: What messages call this weight.
 
     Raises:
-        ValueError: The weight is not a floating (N, D) matrix with N, D >= 1, or has a value that is not finite.
+        ValueError: The weight is not a floating (N, D) matrix with N, D >= 1, or has a value that is not finite, or
+            is on `meta` with `use_dynamic_rank`.
     """
     if weight.dim() != 2 or weight.numel() == 0 or not weight.is_floating_point():
         raise ValueError(f"{name}: expected a floating-point matrix (N, D), got {weight.dtype} {tuple(weight.shape)}")
     param_dtype = torch.promote_types(weight.dtype, torch.float32)
     if weight.is_meta:
-        return _shapes_only(weight, bias, config, param_dtype)
+        return _shapes_only(weight, bias, config, param_dtype, name)
 
     matrix = augmented(weight, bias).to(torch.float32)
     if not torch.isfinite(torch.stack(torch.aminmax(matrix))).all():
@@ -140,10 +141,12 @@ def _subspace_directions(U_k: Tensor, config: AdaMSSConfig) -> Tensor:
     return B_k * torch.where(largest < 0, -1.0, 1.0)
 
 
-def _shapes_only(weight: Tensor, bias: Tensor | None, config: AdaMSSConfig, param_dtype: torch.dtype) -> Decomposition:
+def _shapes_only(
+    weight: Tensor, bias: Tensor | None, config: AdaMSSConfig, param_dtype: torch.dtype, name: str
+) -> Decomposition:
     """Decomposition of a weight on `meta`: shapes as if no subspace were smaller than its rank."""
     if config.use_dynamic_rank:
-        raise ValueError("use_dynamic_rank=True needs the weight's values, which a meta tensor does not have")
+        raise ValueError(f"{name}: use_dynamic_rank=True needs the weight's values, which a meta tensor does not have")
     N, D = weight.shape
     R = min(config.r, N, D + (bias is not None))
     ranks = (min(config.subspace_rank, R),) * min(config.num_subspaces, N)

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from .atomic import replace_file
-from .checkpoint import SAME_BASIS, is_writer, wait_for_writer
+from .checkpoint import SAME_BASIS, Checkpoint
 from .config import ASA_FIELDS, AdaMSSConfig
 from .decompose import Decomposition, augmented, decompose
+from .distributed import full_tensor, is_writer, unwrap, wait_for_writer
 from .frozen_linear import plain_linear
-from .importance import full_tensor
 from .layout import SubspaceLayout, block_diagonal, column_mask
 from .linear import FusedAdaMSSLinear
-from .model import adamss_layers, adapted_layers, modules_to_save, names_to_save, replace_modules, saved_modules, unwrap
+from .model import adamss_layers, adapted_layers, modules_to_save, names_to_save, replace_modules, saved_modules
 
 logger = logging.getLogger(__name__)
 
@@ -188,34 +188,26 @@ def import_peft(model: nn.Module, directory: str | os.PathLike[str], *, progress
     path = directory / PEFT_TENSORS_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a checkpoint written by PEFT or export_peft")
-    tensors = load_file(path)
+    checkpoint = Checkpoint(path, header, load_file(path))
     pattern = re.compile(re.escape(_PREFIX) + r"(.+)\.adamss_newB")
-    names = sorted(match.group(1) for match in map(pattern.fullmatch, tensors) if match)
+    names = sorted(match.group(1) for match in map(pattern.fullmatch, checkpoint.tensors) if match)
     if not names:
         raise ValueError(f"{path}: has no tensor '{_PREFIX}<layer>.adamss_newB'")
     fields = {name: header[name] for name in _SHARED_FIELDS if header.get(name) is not None}
     config = AdaMSSConfig(**fields, target_modules=names, modules_to_save=header.get("modules_to_save") or None)
 
-    def take(key: str, shape: tuple[int, ...]) -> Tensor:
-        if _PREFIX + key not in tensors:
-            raise ValueError(f"{path}: tensor {_PREFIX + key!r} is missing")
-        tensor = tensors.pop(_PREFIX + key)
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{path}: tensor {_PREFIX + key!r} has shape {tuple(tensor.shape)}, expected {shape}")
-        return tensor
-
     layers: dict[str, FusedAdaMSSLinear] = {}
     with tqdm(names, desc="PEFT rows", unit="layer", disable=not progress) as bar:
         for name in bar:
             bar.set_postfix_str(name)
-            ranks = _stored_ranks(name, tensors)
-            layers[name] = _imported_layer(model, name, config, ranks, take)
+            layers[name] = _imported_layer(model, name, config, checkpoint)
     saved = {
-        name: {key: take(f"{name}.{key}", tuple(t.shape)) for key, t in module.state_dict().items()}
+        name: {key: checkpoint.take(f"{_PREFIX}{name}.{key}", tuple(t.shape)) for key, t in module.state_dict().items()}
         for name, module in modules_to_save(model, config.modules_to_save or ()).items()
     }
-    if tensors:
-        raise ValueError(f"{path}: has a tensor {min(tensors)!r} that belongs to no adapted layer or saved module")
+    unused = checkpoint.tensors.keys() - checkpoint.used
+    if unused:
+        raise ValueError(f"{path}: has a tensor {min(unused)!r} that belongs to no adapted layer or saved module")
     for name, state in saved.items():
         model.get_submodule(name).load_state_dict(state)
     replace_modules(model, layers)
@@ -356,31 +348,27 @@ def _write_checkpoint(
     return directory / PEFT_TENSORS_FILE
 
 
-def _stored_ranks(name: str, tensors: dict[str, Tensor]) -> tuple[int, ...]:
+def _stored_ranks(prefix: str, tensors: dict[str, Tensor]) -> tuple[int, ...]:
     """Return r_k of the subspaces of a layer in a PEFT checkpoint: the rows of its `adamss_A.<k>`."""
     ranks: list[int] = []
-    while (A_k := tensors.get(f"{_PREFIX}{name}.adamss_A.{len(ranks)}")) is not None:
+    while (A_k := tensors.get(f"{prefix}A.{len(ranks)}")) is not None:
         ranks.append(A_k.shape[0])
     return tuple(ranks)
 
 
-def _imported_layer(
-    model: nn.Module,
-    name: str,
-    config: AdaMSSConfig,
-    ranks: tuple[int, ...],
-    take: Callable[[str, tuple[int, ...]], Tensor],
-) -> FusedAdaMSSLinear:
+def _imported_layer(model: nn.Module, name: str, config: AdaMSSConfig, checkpoint: Checkpoint) -> FusedAdaMSSLinear:
     """Build the layer that replaces the linear layer `name`, after checking that its rows can be rebuilt."""
     try:
         linear = plain_linear(name, model.get_submodule(name))
     except AttributeError:
         raise ValueError(f"{name}: the checkpoint adapts this module, which the model does not have") from None
+    prefix = f"{_PREFIX}{name}.adamss_"
+    ranks = _stored_ranks(prefix, checkpoint.tensors)
     # The rows do not depend on the ranks, which come from the file.
     rebuilding = dataclasses.replace(config, subspace_rank=1, use_dynamic_rank=False)
     rebuilt = decompose(linear.weight, linear.bias, rebuilding, name=name)
     found = augmented(rebuilt.basis, rebuilt.basis_bias)
-    basis = take(f"{name}.adamss_newB", tuple(found.shape)).to(found)
+    basis = checkpoint.take(f"{prefix}newB", tuple(found.shape)).to(found)
     difference = float((found.double() - basis.double()).norm() / basis.double().norm())
     if not difference <= SAME_BASIS or len(ranks) != rebuilt.layout.num_subspaces:
         raise ValueError(
@@ -390,8 +378,8 @@ def _imported_layer(
         )
     layout = SubspaceLayout(rebuilt.layout.row_subspace, ranks)
     R = basis.shape[0]
-    B = [take(f"{name}.adamss_A.{k}", (r_k, R)) for k, r_k in enumerate(ranks)]
-    C = [take(f"{name}.adamss_B.{k}", (len(layout.rows(k)), r_k)) for k, r_k in enumerate(ranks)]
+    B = [checkpoint.take(f"{prefix}A.{k}", (r_k, R)) for k, r_k in enumerate(ranks)]
+    C = [checkpoint.take(f"{prefix}B.{k}", (len(layout.rows(k)), r_k)) for k, r_k in enumerate(ranks)]
     packed = (t.to(linear.weight.device, rebuilt.B.dtype) for t in layout.pack(B, C))
     D = linear.in_features
     basis_bias = None if linear.bias is None else basis[:, D].contiguous()

@@ -167,20 +167,8 @@ class _AdaMSSLinear(torch.autograd.Function):
             x, weight, bias, basis, basis_bias, B, C, row_subspace, offsets, active, need_dC, keep_P, backend
         )
         ctx.learns, ctx.backend = learns, backend
-        ctx.save_for_backward(
-            x if keep_x else None,
-            S if need_dC else None,
-            P if keep_P else None,
-            weight,
-            basis,
-            basis_bias,
-            B,
-            C,
-            row_subspace,
-            offsets,
-            active,
-            trainable,
-        )
+        kept = (x if keep_x else None, S if need_dC else None, P if keep_P else None)
+        ctx.save_for_backward(*kept, weight, basis, basis_bias, B, C, row_subspace, offsets, active, trainable)
         return y
 
     @staticmethod

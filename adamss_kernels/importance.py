@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import native
+from .distributed import full_tensor
 from .linear import FusedAdaMSSLinear
 
 _CPU_BLOCK = 2**15
@@ -63,7 +64,7 @@ def build_banks(layers: Mapping[str, FusedAdaMSSLinear], betas: tuple[float, flo
     for name, layer in layers.items():
         ranks = torch.tensor(layer.layout.ranks)
         row_subspace = layer.row_subspace.cpu().long()
-        sizes = torch.bincount(row_subspace, minlength=len(ranks))
+        sizes = torch.tensor(layer.layout.sizes)
         of_B = torch.repeat_interleave(torch.arange(len(ranks)), ranks)
         for which, owner, elements in (
             ("B", of_B, ranks * layer.basis.shape[0]),
@@ -401,11 +402,6 @@ def _runs(rows: list[int], width: int) -> list[tuple[slice, slice]]:
             first, start = member, at
         at += count
     return [*runs, (slice(first, len(rows)), slice(start, at))]
-
-
-def full_tensor(tensor: Tensor) -> Tensor:
-    """Return a plain tensor: of a DTensor the whole (a collective call), any other as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _stack_key(member: Member) -> tuple[Any, ...]:

@@ -150,12 +150,9 @@ class FusedAdaMSSLinear(FrozenLinear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedAdaMSSLinear:
         super()._apply(fn, recurse)
-        self._bind_layout()
-        return self
-
-    def _bind_layout(self) -> None:
-        """Point the layout at the buffers, after they have been moved or replaced."""
+        # The buffers have been moved or replaced.
         self._layout = self._layout.with_tensors(self.row_subspace, self.offsets)
+        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         ranks = state_dict.get(prefix + "ranks")

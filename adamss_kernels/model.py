@@ -197,17 +197,6 @@ def adamss_layers(model: nn.Module) -> dict[str, FusedAdaMSSLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, FusedAdaMSSLinear)}
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """Look through DDP, `DataParallel` and `torch.compile`, whose prefixes are not part of layer names."""
-    while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
-
-
 def _targets(model: nn.Module, config: AdaMSSConfig) -> dict[str, nn.Linear]:
     """Return the linear layers to replace under every name they are registered by."""
     excluded = [re.compile(rf"(^|.*\.){re.escape(name)}($|\..*)") for name in config.modules_to_save or ()]

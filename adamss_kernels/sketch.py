@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 _SIZE = 8
+SKETCH_SHAPE = (_SIZE, _SIZE)
 
 
 def sketch(matrix: Tensor) -> Tensor:

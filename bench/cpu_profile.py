@@ -129,7 +129,7 @@ def main() -> None:
     for index, case in enumerate(cases):
         for name in NAMES:
             found = profile(index, name, args.seconds)
-            rows.append({"suite": "profile", "case": {"pass": "forward + backward", **case}, "provider": name,
+            rows.append({"suite": "profile", "case": {"pass": layer.FORWARD_BACKWARD, **case}, "provider": name,
                          "shares": {name: share for name, share in found.items() if share >= 0.005}})  # fmt: skip
             print(results.key(rows[-1]), *(f"{share:7.1%} {name}" for name, share in found.items()), sep="\n  ")
     if args.out:

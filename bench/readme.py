@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from adamss_kernels.cli.bench import plots, results, scaling
+from adamss_kernels.cli.bench.layer import FORWARD, FORWARD_BACKWARD
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 PLOTS = ROOT / "docs" / "plots"
 README_PROVIDERS = ("native", "half-pruned", "peft-adamss", "peft-adamss-compiled", "peft-lora")
-FORWARD, FORWARD_BACKWARD = "forward", "forward + backward"
 Rows = list[dict[str, Any]]
 
 
@@ -130,7 +130,7 @@ def methods_table(rows: Rows) -> list[str]:
     rows = _of(rows, "methods")
     lines = []
     for shape in dict.fromkeys(_shape(r) for r in rows):
-        lines += ["", f"**{shape}**, {_dtype(rows[0])}", ""] if lines else [f"**{shape}**, {_dtype(rows[0])}", ""]
+        lines += ["", f"**{shape}**, {_dtype(rows[0])}", ""]
         lines.append("| method | trained | forward | forward + backward | peak MiB | saved MiB |")
         lines.append("|---|---:|---:|---:|---:|---:|")
         found = {(r["provider"], r["case"]["pass"]): r for r in rows if _shape(r) == shape}
@@ -139,7 +139,7 @@ def methods_table(rows: Rows) -> list[str]:
             memory = (f"{both[field] / 2**20:.3g}" for field in ("peak_bytes", "saved_bytes"))
             ratios = (f"{r['ratio']['median']:.2f}" for r in (one, both))
             lines.append(_cells(_title(name), f"{one['parameters']:,}", *ratios, *memory))
-    return lines
+    return lines[1:]
 
 
 def init_table(rows: Rows) -> list[str]:

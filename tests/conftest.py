@@ -108,3 +108,12 @@ def _poisoned_empty() -> Iterator[None]:
     yield
     torch.utils.deterministic.fill_uninitialized_memory = previous[0]
     torch.use_deterministic_algorithms(previous[1])
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Matrices that are small enough only wait for a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

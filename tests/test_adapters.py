@@ -132,7 +132,7 @@ def test_updates_of_several_tiles_are_the_formulas(method):
 
 
 @pytest.mark.parametrize(("method", "options"), VARIANTS, ids=IDS)
-def test_gradcheck(method, options):
+def test_gradients_pass_gradcheck(method, options):
     layer = trained(method, double(4, 6), **options)
     layer.weight.requires_grad_()
     layer.bias.requires_grad_()
@@ -351,7 +351,7 @@ def test_activation_checkpointing_changes_no_gradient(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_any_number_of_tokens_and_strides(method):
+def test_x_may_have_any_number_of_tokens_and_any_strides(method):
     layer = trained(method, double(7, 13))
     weight = layer.weight + layer.delta_weight()
     for shape in ((13,), (0, 13), (2, 0, 13), (2, 3, 2, 13)):

@@ -15,7 +15,7 @@ import torch
 
 from adamss_kernels import ops, reference
 from adamss_kernels.cli import main
-from adamss_kernels.cli.bench import bound, layer, measure, methods, plots, providers, results, scaling
+from adamss_kernels.cli.bench import bound, layer, measure, methods, providers, results, scaling
 from adamss_kernels.cli.bench.bound import Bound
 from adamss_kernels.cli.bench.compare import changes
 from adamss_kernels.cli.bench.measure import Contender, Rotation, Settings, interleaved, pinned, relocate, summary
@@ -317,95 +317,6 @@ def test_the_full_run_sweeps_what_the_short_one_does_and_more():
     assert {str(case) for case in methods.cases(False)} <= {str(case) for case in methods.cases(True)}
 
 
-@pytest.fixture(scope="module")
-def figures():
-    """The pictures of the committed results."""
-    pytest.importorskip("matplotlib")
-    return plots.draw(results.read(ROOT / "bench" / "results")[1])
-
-
-def committed():
-    lines = [line for path in (ROOT / "bench" / "results").glob("*.jsonl") for line in path.read_text().splitlines()]
-    return [row for row in map(json.loads, lines) if "environment" not in row]
-
-
-@pytest.mark.parametrize(
-    ("name", "variable", "value"),
-    [
-        ("ratio-by-tokens", "M", lambda row: row["ratio"]["median"]),
-        ("ratio-by-subspaces", None, lambda row: row["ratio"]["median"]),
-        ("ratio-by-width", "D", lambda row: row["ratio"]["median"]),
-        ("cost", None, lambda row: row["seconds"]["median"] * 1e3),
-    ],
-)
-def test_a_picture_shows_the_committed_numbers_and_all_of_them(name, variable, value, figures):
-    words = {word: variable for variable, word in plots._VARIABLES.items()}
-    shown = []
-    for axes in figures[name].axes:
-        sweep = words[axes.get_xlabel()]
-        assert variable in (None, sweep)
-        title = axes.get_title()
-        of = {"init": "initialisation", "asa": "ASA update"}
-        subject = next((subject for subject, word in of.items() if title.startswith(word)), "layer")
-        which = "forward + backward" if "forward + backward" in title else "forward"
-        which = {"init": None, "asa": "update"}.get(subject, which)
-        width = re.search(r"D = (\d+), N = (\d+)", title)
-        for line in axes.lines:
-            expected = sorted(
-                (row["case"][sweep], value(row))
-                for row in committed()
-                if row["suite"] == "scaling"
-                and (row["case"]["of"], row["case"]["sweep"], row["case"].get("pass")) == (subject, sweep, which)
-                and plots.title(row["provider"]) == line.get_label()
-                and (width is None or (row["case"]["D"], row["case"]["N"]) == tuple(map(int, width.groups())))
-            )
-            points = list(zip(line.get_xdata(), line.get_ydata(), strict=True))
-            assert points == [pytest.approx(point) for point in expected]
-            shown += points
-    sweeps = {"ratio-by-tokens": ("M",), "ratio-by-subspaces": ("K", "r"), "ratio-by-width": ("D",)}.get(name)
-    layers = [row for row in committed() if row["suite"] == "scaling" and row["case"]["of"] == "layer"]
-    if sweeps:
-        assert len(shown) == sum(row["case"]["sweep"] in sweeps for row in layers)
-    assert len(shown) > 10
-
-
-def test_the_memory_picture_and_the_roofline_show_the_committed_numbers(figures):
-    rows = committed()
-    sizes = {round(row[f] / 2**20, 6) for row in rows for f in ("peak_bytes", "saved_bytes") if f in row}
-    shown = [y for axes in figures["memory"].axes for line in axes.lines for y in line.get_ydata()]
-    assert shown
-    assert {round(y, 6) for y in shown} <= sizes
-    lines = [line for axes in figures["roofline"].axes for line in axes.lines]
-    kernels = [row for row in rows if row["suite"] in ("layer", "asa") and "flop_per_byte" in row]
-    points = [line for line in lines if line.get_linestyle() == "None"]
-    shown = {point for line in points for point in zip(*line.get_data(), strict=True)}
-    assert shown == {(row["flop_per_byte"], row["tflop_per_s"]) for row in kernels}
-    peaks = {row["tflop_per_s"] for row in rows if row["provider"] == "gemm" and row["case"]["of"] == "layer"}
-    assert peaks <= {y for line in lines for y in line.get_ydata()}, "the ceilings"
-
-
-def test_pictures_have_labels_with_units_and_differ_without_colour(figures):
-    for name, figure in figures.items():
-        for axes in figure.axes:
-            assert axes.get_xlabel(), name
-            assert axes.get_ylabel(), name
-            assert axes.get_title(), name
-            looks = [(line.get_marker(), line.get_linestyle(), line.get_markerfacecolor()) for line in axes.lines]
-            curves = {line.get_label(): (line.get_marker(), str(line._dash_pattern)) for line in axes.lines}
-            if name != "roofline":
-                assert len(set(curves.values())) == len(curves), (name, looks)
-
-
-def test_the_same_rows_give_the_same_files(tmp_path):
-    pytest.importorskip("matplotlib")
-    rows = [row for row in committed() if row["case"].get("sweep") == "D" and row["case"]["of"] == "layer"]
-    for folder in ("first", "second"):
-        plots.save({"ratio-by-width": plots.draw(rows)["ratio-by-width"]}, tmp_path / folder, ("svg", "png"))
-    first, second = ((tmp_path / folder / "ratio-by-width.svg").read_bytes() for folder in ("first", "second"))
-    assert first == second
-    assert (tmp_path / "first" / "ratio-by-width.png").read_bytes().startswith(b"\x89PNG")
-
-
 def test_the_microbenchmarks_run():
     pytest.importorskip("pytest_benchmark")
     command = [sys.executable, "-m", "pytest", "bench", "--benchmark-disable", "-q", "-p", "no:cacheprovider"]
@@ -421,11 +332,12 @@ def test_freed_memory_stays_with_the_process_while_it_is_measured():
         from adamss_kernels.native.allocator import keep_freed_memory
         kept = keep_freed_memory()
         assert kept or sys.platform != "linux"
-        for _ in range(3):
+        def faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             torch.ones(8 << 20)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(8 << 20)
-        print(int(kept), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        # What else lies on the heap may keep a block from fitting where the one before was.
+        print(int(kept), min(faults() for _ in range(10)))"""
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     kept, faults = map(int, result.stdout.split())
     assert not kept or faults < 100, "32 MiB of fresh memory would be 8192 pages"

@@ -26,7 +26,8 @@ from adamss_kernels import (
     load_adapter,
     save_adapter,
 )
-from adamss_kernels.model import adamss_layers, unwrap
+from adamss_kernels.distributed import full_tensor, unwrap
+from adamss_kernels.model import adamss_layers
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 
@@ -79,12 +80,8 @@ class Run:
         return self
 
     def result(self):
-        state = {key: whole(t).clone() for key, t in unwrap(self.model).state_dict().items()}
+        state = {key: full_tensor(t).clone() for key, t in unwrap(self.model).state_dict().items()}
         return {"masks": torch.stack(self.masks), "state": state}
-
-
-def whole(tensor):
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def sharded(model):
@@ -251,6 +248,6 @@ def reshard_scenario(rank, folder):
     run.allocator.load_state_dict(torch.load(folder / "whole.pt"))
     state = run.allocator.state_dict()
     for key in ("importance", "uncertainty"):
-        state[key] = {name: whole(t) for name, t in state[key].items()}
+        state[key] = {name: full_tensor(t) for name, t in state[key].items()}
     if rank == 0:
         torch.save(state, folder / "back.pt")

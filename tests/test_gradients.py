@@ -70,7 +70,7 @@ def test_output_and_gradients_are_the_formulas(backend, mode, bias, case):
 @pytest.mark.parametrize("mode", ["projection", "input"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
 @pytest.mark.parametrize("masks", MASKS)
-def test_gradcheck(backend, mode, bias, masks):
+def test_gradients_pass_gradcheck(backend, mode, bias, masks):
     active, trainable = MASKS[masks]
     problem = make_problem(bias=bias)
     frozen_too = [t.requires_grad_() for t in (problem.weight, problem.bias) if t is not None]
@@ -136,7 +136,7 @@ def test_only_the_gradients_asked_for_are_computed(backend, mode, needs):
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("shape", [(), (3,), (0,), (2, 3), (2, 0, 4), (2, 3, 2)])
-def test_any_number_of_leading_dimensions(backend, shape):
+def test_x_may_have_any_number_of_leading_dimensions(backend, shape):
     problem = make_problem(M=shape)
     y = adamss_linear(*problem.operands, backend=backend)
     assert y.shape == (*shape, problem.weight.shape[0])

@@ -7,7 +7,9 @@ import sys
 
 import pytest
 
-OPTIONAL = ("triton", "peft", "transformers", "sklearn", "safetensors", "tqdm", "matplotlib", "torch._dynamo")
+OPTIONAL = ("triton", "peft", "transformers", "sklearn", "safetensors", "tqdm", "matplotlib")
+# Parts of torch that take their time.
+OPTIONAL += ("torch._dynamo", "torch.distributed.tensor")
 
 
 def run(code: str) -> str:

@@ -131,7 +131,7 @@ def test_copies_are_whole_and_independent(duplicate, merged):
     assert not torch.equal(layer(x), other(x))
 
 
-def test_moves_between_dtypes():
+def test_a_layer_that_is_cast_trains_in_its_new_dtype():
     layer = make_layer().to(torch.bfloat16)
     assert layer.row_subspace.dtype == torch.int32
     assert layer.active.dtype == torch.bool
@@ -319,3 +319,56 @@ def test_auto_keeps_the_projection_of_a_wide_layer():
         layer(x)
     assert (8, 100) in shapes
     assert (8, 4096) not in shapes
+
+
+@pytest.mark.parametrize("mode", ["projection", "input"])
+def test_a_layer_without_trainable_subspaces_saves_nothing_and_hands_out_zero_gradients(mode):
+    layer, x = make_layer(save_for_backward=mode), torch.randn(6, 24, requires_grad=True)
+    assert saved_bytes(layer, x)[0] > 0
+    expected = layer(x)
+    (expected_dx,) = torch.autograd.grad(expected.sum(), x)
+    layer.trainable.zero_()
+    layer.summarize_masks()
+    assert saved_bytes(layer, x) == (0, False)
+    # Without P to keep, S is rounded in another order.
+    y = layer(x)
+    torch.testing.assert_close(y, expected)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, expected_dx)
+    for parameter in (layer.B, layer.C):
+        assert torch.equal(parameter.grad, torch.zeros_like(parameter))
+
+
+def test_a_layer_without_active_subspaces_is_the_bare_linear():
+    layer, x = make_layer(), torch.randn(2, 3, 24, requires_grad=True)
+    layer.active.zero_()
+    layer.summarize_masks()
+    assert saved_bytes(layer, x) == (0, False)
+    expected = F.linear(x, layer.weight, layer.bias)
+    assert torch.equal(F.relu(layer(x), inplace=True), expected.relu())
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, torch.autograd.grad(expected.sum(), x)[0])
+    assert not layer.B.grad.any()
+    assert not layer.C.grad.any()
+
+
+def test_masks_that_return_with_a_state_dict_are_learned_again():
+    layer = make_layer()
+    state = copy.deepcopy(layer.state_dict())
+    layer.trainable.zero_()
+    layer.summarize_masks()
+    layer.load_state_dict(state)
+    assert layer.learns
+    layer(torch.randn(5, 24)).sum().backward()
+    assert layer.C.grad.any()
+
+
+def test_a_compiled_layer_follows_its_masks():
+    layer, x = make_layer(), torch.randn(6, 24)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        layer.B.grad = None
+        compiled(x).sum().backward()
+        assert layer.B.grad.any() == layer.learns
+        layer.trainable.zero_()
+        layer.summarize_masks()

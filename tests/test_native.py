@@ -14,7 +14,7 @@ import torch
 from conftest import make_problem
 from test_gradients import naive, relative_error
 
-from adamss_kernels import adamss_linear, native
+from adamss_kernels import AdaMSSConfig, SubspaceAllocator, adamss_linear, inject_adamss, native
 from adamss_kernels.native.library import load
 
 ROOT = Path(__file__).parent.parent
@@ -149,7 +149,7 @@ def test_the_kernels_export_no_template_of_the_standard_library():
     """An inline function of the standard library, kept from the AVX-512 object, would crash on a lesser machine."""
     nm = shutil.which("nm")
     assert nm, "binutils are needed to build the library and so are here"
-    library = next(p for folder in sys.modules["adamss_kernels.native"].__path__ for p in Path(folder).glob("*.so"))
+    library = next(p for folder in native.__path__ for p in Path(folder).glob("libadamss_cpu.so"))
     symbols = subprocess.run([nm, "-DC", "--defined-only", str(library)], capture_output=True, text=True, check=True)
     weak = [line for line in symbols.stdout.splitlines() if " W " in line or " V " in line]
     assert not [line for line in weak if "std::vector" in line or "std::min" in line], weak
@@ -200,8 +200,6 @@ def test_the_backend_is_clean_under_sanitizers(sanitized):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_asas_averages_are_those_of_plain_pytorch(dtype):
-    from adamss_kernels import AdaMSSConfig, SubspaceAllocator, inject_adamss
-
     averages = []
     for is_native in (True, False):
         torch.manual_seed(0)

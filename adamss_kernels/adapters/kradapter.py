@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layer import AdapterLinear, kaiming
-from .tiles import TILE, TiledUpdate, delta_weight, tiled_linear
+from .layer import kaiming
+from .tiles import TILE, TiledLinear, TiledUpdate
 
 
-class KRAdapterLinear(AdapterLinear):
+class KRAdapterLinear(TiledLinear):
     """dW[i, b r + a] = scaling v[i, b] u[i, a] cut to max(N, D) columns, transposed where N > D.
 
     With r = floor(sqrt(min(N, D))), u (min(N, D), r) is zero and v (min(N, D), ceil(max(N, D) / r)) is Kaiming uniform:
@@ -21,6 +21,7 @@ class KRAdapterLinear(AdapterLinear):
     """
 
     method = "kradapter"
+    tensor_names = ("u", "v")
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, scaling: float = 2.0) -> None:
         """Assemble a layer; `from_linear` is the usual way.
@@ -37,16 +38,7 @@ class KRAdapterLinear(AdapterLinear):
         self.v = nn.Parameter(kaiming(self.zeros(small, -(-large // r)), a=5))
         # Tiles run along the smaller side, where the rows of u and v are.
         axis = 0 if self.out_features == small else 1
-        self._update = TiledUpdate(_build, _pull_back, axis, TILE, (*weight.shape, scaling))
-
-    def adapted(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Map x (M, D) to y (M, N)."""
-        return tiled_linear(x, weight, bias, self._update, (self.u, self.v))
-
-    @torch.no_grad()
-    def delta_weight(self) -> Tensor:
-        """Return the update of W (N, D), at least float32."""
-        return delta_weight(self._update, (self.u, self.v))
+        self.update = TiledUpdate(_build, _pull_back, axis, TILE, (*weight.shape, scaling))
 
 
 def _build(start: int, stop: int, tensors: list[Tensor], constants: tuple[Any, ...]) -> Tensor:

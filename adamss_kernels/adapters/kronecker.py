@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layer import AdapterLinear, kaiming
-from .tiles import TILE, TiledUpdate, delta_weight, tiled_linear
+from .layer import kaiming
+from .tiles import TILE, TiledLinear, TiledUpdate
 
 
-class KroneckerLinear(AdapterLinear):
+class KroneckerLinear(TiledLinear):
     """dW = A (x) B, cut to (N, D): dW[i, j] = A[i // p, j // q] B[i % p, j % q].
 
     B (p, q) is zero and p = ceil(N / rank), q = ceil(D / rank_in); A (ceil(N / p), ceil(D / q)) is Kaiming uniform.
@@ -20,6 +20,7 @@ class KroneckerLinear(AdapterLinear):
     """
 
     method = "kronecker"
+    tensor_names = ("A", "B")
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, rank: int = 8, rank_in: int | None = None) -> None:
         """Assemble a layer; `from_linear` is the usual way.
@@ -36,16 +37,7 @@ class KroneckerLinear(AdapterLinear):
         self.A = nn.Parameter(kaiming(self.zeros(-(-N // p), -(-D // q))))
         self.B = nn.Parameter(self.zeros(p, q))
         # Whole blocks to a tile.
-        self._update = TiledUpdate(_build, _pull_back, 0, p * max(1, TILE // p), (N, D))
-
-    def adapted(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Map x (M, D) to y (M, N)."""
-        return tiled_linear(x, weight, bias, self._update, (self.A, self.B))
-
-    @torch.no_grad()
-    def delta_weight(self) -> Tensor:
-        """Return the update of W (N, D), at least float32."""
-        return delta_weight(self._update, (self.A, self.B))
+        self.update = TiledUpdate(_build, _pull_back, 0, p * max(1, TILE // p), (N, D))
 
 
 def _build(start: int, stop: int, tensors: list[Tensor], constants: tuple[Any, ...]) -> Tensor:

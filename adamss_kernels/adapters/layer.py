@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from ..frozen_linear import FrozenLinear, plain_linear
 from ..functional import as_linear_takes_them
 
+_COUNTS = ("rank", "rank_in", "num_bases")
 _FACTORS = ("alpha", "omega", "scaling")
 
 Self = TypeVar("Self", bound="AdapterLinear")
@@ -34,15 +35,15 @@ class AdapterLinear(FrozenLinear):
         """Hold W, bias and options; a method's constructor adds parameters and buffers.
 
         Raises:
-            ValueError: The weight is not a floating (N, D) matrix with N, D >= 1, a rank is not an integer >= 1, or a
-                factor is not a finite number.
+            ValueError: The weight is not a floating (N, D) matrix with N, D >= 1, a rank or number of bases is not an
+                integer >= 1, or a factor is not a finite number.
         """
         if weight.dim() != 2 or weight.numel() == 0 or not weight.is_floating_point():
             raise ValueError(
                 f"weight: expected a floating-point matrix (N, D), got {weight.dtype} {tuple(weight.shape)}"
             )
         for name, value in options.items():
-            if "rank" in name and value is not None and (type(value) is not int or value < 1):
+            if name in _COUNTS and value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
             if name in _FACTORS and not (type(value) in (int, float) and math.isfinite(value)):
                 raise ValueError(f"{name}: expected a finite number, got {value!r}")

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layer import AdapterLinear
-from .tiles import TILE, TiledUpdate, delta_weight, tiled_linear
+from .tiles import TILE, TiledLinear, TiledUpdate
 
 
-class RandLoRALinear(AdapterLinear):
+class RandLoRALinear(TiledLinear):
     """dW = scaling sum_k basis_a[k] diag(A[k]) basis_b diag(B[k]), transposed where N < D.
 
     basis_a (num_bases, max(N, D), rank) and basis_b (rank, min(N, D)) are frozen: uniform and divided by their standard
@@ -20,6 +19,7 @@ class RandLoRALinear(AdapterLinear):
     """
 
     method = "randlora"
+    tensor_names = ("A", "B", "basis_a", "basis_b")
 
     basis_a: Tensor
     basis_b: Tensor
@@ -43,13 +43,8 @@ class RandLoRALinear(AdapterLinear):
             num_bases: None for ceil(min(N, D) / rank) + 1; PEFT takes one less.
             scaling: A constant factor of the update.
             basis_seed: Seed of the frozen bases; layers of one shape and seed have the same.
-
-        Raises:
-            ValueError: `num_bases` is below 1, or as in `AdapterLinear`.
         """
         super().__init__(weight, bias, rank=rank, num_bases=num_bases, scaling=scaling, basis_seed=basis_seed)
-        if num_bases is not None and num_bases < 1:
-            raise ValueError(f"num_bases: expected an integer >= 1 or None, got {num_bases!r}")
         small, large = sorted(weight.shape)
         count = num_bases or -(-small // rank) + 1
         generator = torch.Generator().manual_seed(basis_seed)
@@ -63,16 +58,7 @@ class RandLoRALinear(AdapterLinear):
         self.B = nn.Parameter(self.zeros(count, small))
         # Tiles run along the smaller side, where the columns of B are.
         axis = 0 if self.out_features < self.in_features else 1
-        self._update = TiledUpdate(_build, _pull_back, axis, TILE, (*weight.shape, scaling))
-
-    def adapted(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Map x (M, D) to y (M, N)."""
-        return tiled_linear(x, weight, bias, self._update, (self.A, self.B, self.basis_a, self.basis_b))
-
-    @torch.no_grad()
-    def delta_weight(self) -> Tensor:
-        """Return the update of W (N, D), at least float32."""
-        return delta_weight(self._update, (self.A, self.B, self.basis_a, self.basis_b))
+        self.update = TiledUpdate(_build, _pull_back, axis, TILE, (*weight.shape, scaling))
 
 
 def _build(start: int, stop: int, tensors: list[Tensor], constants: tuple[Any, ...]) -> Tensor:

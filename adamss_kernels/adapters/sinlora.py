@@ -7,17 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layer import AdapterLinear, kaiming
-from .tiles import TILE, TiledUpdate, delta_weight, tiled_linear
+from .layer import kaiming
+from .tiles import TILE, TiledLinear, TiledUpdate
 
 
-class SinLoRALinear(AdapterLinear):
+class SinLoRALinear(TiledLinear):
     """dW = alpha sin(omega B A), with A (rank, D) Kaiming uniform and B (N, rank) zero.
 
     rank (N + D) parameters, and 2 more where omega and alpha train.
     """
 
     method = "sinlora"
+    tensor_names = ("A", "B", "omega", "alpha")
 
     omega: Tensor
     alpha: Tensor
@@ -51,16 +52,7 @@ class SinLoRALinear(AdapterLinear):
                 self.register_parameter(name, nn.Parameter(tensor))
             else:
                 self.register_buffer(name, tensor)
-        self._update = TiledUpdate(_build, _pull_back, 0, TILE, tuple(weight.shape))
-
-    def adapted(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Map x (M, D) to y (M, N)."""
-        return tiled_linear(x, weight, bias, self._update, (self.A, self.B, self.omega, self.alpha))
-
-    @torch.no_grad()
-    def delta_weight(self) -> Tensor:
-        """Return the update of W (N, D), at least float32."""
-        return delta_weight(self._update, (self.A, self.B, self.omega, self.alpha))
+        self.update = TiledUpdate(_build, _pull_back, 0, TILE, tuple(weight.shape))
 
 
 def _build(start: int, stop: int, tensors: list[Tensor], constants: tuple[Any, ...]) -> Tensor:

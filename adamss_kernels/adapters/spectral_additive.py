@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .low_rank import LowRankLinear
-from .spectrum import singular_window
+from .spectrum import SpectralLinear
 
 
-class SpectralAdditiveLinear(LowRankLinear):
+class SpectralAdditiveLinear(SpectralLinear):
     """W + dW = (U1 + dU) S1 (V1 + dV)^T + the rest of W, for r singular columns U1, S1, V1 of W.
 
     As dW = [dU S1 | U1 S1] [V1 + dV | dV]^T it has rank 2 r at most, and W is never put together again. dU (N, r) and
@@ -18,22 +17,9 @@ class SpectralAdditiveLinear(LowRankLinear):
 
     method = "spectral_additive"
 
-    U1: Tensor
-    S1: Tensor
-    V1: Tensor
-
     def __init__(self, weight: Tensor, bias: Tensor | None, *, rank: int = 8, window: str | int = "top") -> None:
-        """Decompose W; `from_linear` is the usual way.
-
-        Args:
-            weight: Parameter W (N, D), shared, not copied.
-            bias: Parameter (N,) or None; likewise.
-            rank: Singular columns that are tuned.
-            window: Which ones: "top", "bottom" or the index of the first; see `singular_window`.
-        """
+        """Decompose W and take parameters; see `SpectralLinear`."""
         super().__init__(weight, bias, rank=rank, window=window)
-        for name, tensor in zip(("U1", "S1", "V1"), singular_window(weight, rank, window), strict=True):
-            self.register_buffer(name, tensor)
         self.dU = nn.Parameter(torch.zeros_like(self.U1))
         self.dV = nn.Parameter(torch.zeros_like(self.V1))
         self.bind_subspace(2 * self.S1.shape[0])

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import apply
-from .low_rank import LowRankLinear
-from .spectrum import singular_window
+from .spectrum import SpectralLinear
 
 
-class SpectralRotationalLinear(LowRankLinear):
+class SpectralRotationalLinear(SpectralLinear):
     """W + dW = U1 Q_A diag(S1 c) (V1 Q_B)^T + the rest of W, for r singular columns U1, S1, V1 of W (arXiv:2405.13952).
 
     Q = (I - K) (I + K)^-1 with the skew K = (R - R^T) / 2 (Cayley). R_A and R_B (r, r) start at zero and c (r,) at one:
@@ -22,25 +21,10 @@ class SpectralRotationalLinear(LowRankLinear):
 
     method = "spectral_rotational"
 
-    U1: Tensor
-    S1: Tensor
-    V1: Tensor
-
     def __init__(self, weight: Tensor, bias: Tensor | None, *, rank: int = 8, window: str | int = "top") -> None:
-        """Decompose W; `from_linear` is the usual way.
-
-        Args:
-            weight: Parameter W (N, D), shared, not copied.
-            bias: Parameter (N,) or None; likewise.
-            rank: Singular columns that are tuned.
-            window: Which ones: "top", "bottom" or the index of the first; see `singular_window`.
-        """
+        """Decompose W and take parameters; see `SpectralLinear`."""
         super().__init__(weight, bias, rank=rank, window=window)
-        U1, S1, V1 = singular_window(weight, rank, window)
-        r = S1.shape[0]
-        self.register_buffer("U1", U1)
-        self.register_buffer("S1", S1)
-        self.register_buffer("V1", V1)
+        r = self.S1.shape[0]
         self.R_A = nn.Parameter(self.zeros(r, r))
         self.R_B = nn.Parameter(self.zeros(r, r))
         self.c = nn.Parameter(self.zeros(r) + 1)

@@ -1,9 +1,38 @@
-"""The part of a weight's singular value decomposition that a Spectral Adapter tunes."""
+"""What the Spectral Adapters share: the singular columns of a weight that they tune."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from .low_rank import LowRankLinear
+
+
+class SpectralLinear(LowRankLinear):
+    """A layer that tunes r = min(rank, N, D) singular columns of W.
+
+    Attributes:
+        U1: (N, r) frozen buffer.
+        S1: (r,) frozen buffer.
+        V1: (D, r) frozen buffer.
+    """
+
+    U1: Tensor
+    S1: Tensor
+    V1: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, rank: int = 8, window: str | int = "top") -> None:
+        """Decompose W; `from_linear` is the usual way.
+
+        Args:
+            weight: Parameter W (N, D), shared, not copied.
+            bias: Parameter (N,) or None; likewise.
+            rank: Singular columns that are tuned.
+            window: Which ones: "top", "bottom" or the index of the first; see `singular_window`.
+        """
+        super().__init__(weight, bias, rank=rank, window=window)
+        for name, tensor in zip(("U1", "S1", "V1"), singular_window(weight, rank, window), strict=True):
+            self.register_buffer(name, tensor)
 
 
 def singular_window(weight: Tensor, rank: int, window: str | int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""`tiled_linear`: a frozen linear layer plus a full-rank update that exists only a tile at a time.
+"""`TiledLinear`: a frozen linear layer plus a full-rank update that exists only a tile at a time.
 
 The update is built anew in backward, so that neither it nor its gradient is ever held whole.
 """
@@ -6,13 +6,13 @@ The update is built anew in backward, so that neither it nor its gradient is eve
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .layer import without_autocast
+from .layer import AdapterLinear, without_autocast
 
 TILE = 256
 """Rows, or columns, of the update that are built at once."""
@@ -40,30 +40,34 @@ class TiledUpdate(NamedTuple):
     constants: tuple[Any, ...]
 
 
-def tiled_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, update: TiledUpdate, tensors: Sequence[Tensor]
-) -> Tensor:
-    """Return y = x (W + dW)^T + bias: (M, N), differentiable once in x, weight, bias and `tensors`.
+class TiledLinear(AdapterLinear):
+    """A layer with a full-rank update; a method's constructor adds the tensors and says how tiles follow from them.
 
     In float32 and float64 a tile of dW is added to that of W before the GEMM. In 16 bits the sum would round the update
     away, so that dW has a GEMM of its own. Backward keeps x, and builds the tiles again.
 
-    Args:
-        x: (M, D).
-        weight: W (N, D), dtype of x.
-        bias: (N,), dtype of x, or None.
-        update: How dW follows from `tensors`.
-        tensors: The method's parameters and frozen buffers.
+    Attributes:
+        tensor_names: The parameters and frozen buffers that dW follows from, in the order in which tiles take them.
+        update: How it does.
     """
-    y: Tensor = _TiledLinear.apply(x, weight, bias, update, *tensors)
-    return y
 
+    tensor_names: ClassVar[tuple[str, ...]]
+    update: TiledUpdate
 
-def delta_weight(update: TiledUpdate, tensors: Sequence[Tensor]) -> Tensor:
-    """Return dW whole: (N, D), at least float32."""
-    values = _accumulating(tensors)
-    tiles = [update.build(start, stop, values, update.constants) for start, stop, *_ in _tiles(update)]
-    return torch.cat(tiles, dim=update.axis)
+    def adapted(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return y = x (W + dW)^T + bias: (M, N), differentiable once in x, weight, bias and the method's tensors."""
+        y: Tensor = _TiledLinear.apply(x, weight, bias, self.update, *self._update_tensors())
+        return y
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """Return the update of W (N, D), at least float32."""
+        update, values = self.update, _accumulating(self._update_tensors())
+        tiles = [update.build(start, stop, values, update.constants) for start, stop, *_ in _tiles(update)]
+        return torch.cat(tiles, dim=update.axis)
+
+    def _update_tensors(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self.tensor_names]
 
 
 def _tiles(update: TiledUpdate) -> Iterator[tuple[int, int, slice, slice]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import importlib.util
 import json
 import statistics
 import time
@@ -89,8 +90,7 @@ def run(args: argparse.Namespace) -> int:
     if args.method != "adamss":
         methods = tuple(METHODS) if args.method == "all" else (args.method,)
         return run_methods(args, methods, base, config, new)
-    models = {"head only": copy.deepcopy(base).requires_grad_(False)}
-    models["head only"].head.requires_grad_(True)
+    models = {"head only": head_only(base)}
     for name, use_asa in (("AdaMSS", False), ("AdaMSS + ASA", True)):
         models[name] = copy.deepcopy(base)
         inject_adamss(models[name], dataclasses.replace(config, use_asa=use_asa))
@@ -107,37 +107,50 @@ def run(args: argparse.Namespace) -> int:
     with torch.no_grad():
         same = torch.equal(adapted(new.test_x), reloaded(new.test_x))
 
-    times = dict(zip(models, step_times(list(models.values()), new), strict=True))
-    total = sum(p.numel() for p in base.parameters())
-    trained = {name: trained_parameters(model) for name, model in models.items()}
-    ratios = {name: seconds / times["head only"] for name, seconds in times.items()}
-    print(
-        f"\npretraining accuracy on digits 0-4: {pretrained.accuracies[-1]:.1%}"
-        f"\n\n{'digits 5-9':<30}{''.join(f'{name:>15}' for name in models)}"
-        f"\n{'accuracy before':<30}{''.join(f'{before:>15.1%}' for _ in models)}"
-        f"\n{'accuracy after':<30}{''.join(f'{runs[n].accuracies[-1]:>15.1%}' for n in models)}"
-        f"\n{'subspaces trained at the end':<30}{''.join(f'{subspaces(m):>15,}' for m in models.values())}"
-        f"\n{'parameters trained at the end':<30}{''.join(f'{trained[n]:>15,}' for n in models)}"
-        f"\n{'  share of the model':<30}{''.join(f'{trained[n] / total:>15.2%}' for n in models)}"
-        f"\n{'training step':<30}{''.join(f'{times[n] * 1e3:>12.2f} ms' for n in models)}"
-        f"\n{'  ratio to the frozen model':<30}{''.join(f'{ratios[n]:>15.2f}' for n in models)}"
-        f"\n\nadapter: {path} ({path.stat().st_size / 1024:.0f} KiB)"
-        f"\nreloaded, same predictions: {'yes' if same else 'NO'}"
-    )
-    if draw(args.output / "curves.png", runs):
+    print(f"\npretraining accuracy on digits 0-4: {pretrained.accuracies[-1]:.1%}\n")
+    print_table(models, runs, before, new)
+    print(f"\nadapter: {path} ({path.stat().st_size / 1024:.0f} KiB)")
+    print(f"reloaded, same predictions: {'yes' if same else 'NO'}")
+    if importlib.util.find_spec("matplotlib") is None:
+        print("plots: not drawn, matplotlib is missing")
+    else:
+        draw(args.output / "curves.png", runs)
         allocator.plot(args.output / "subspaces.png")
         print(f"plots: {args.output / 'curves.png'}, {args.output / 'subspaces.png'}")
-    else:
-        print("plots: not drawn, matplotlib is missing")
     return 0 if same else 1
+
+
+def head_only(base: DigitsViT) -> DigitsViT:
+    """Return a copy of `base` of which only the head trains."""
+    model = copy.deepcopy(base).requires_grad_(False)
+    model.head.requires_grad_(True)
+    return model
+
+
+def print_table(models: dict[str, DigitsViT], runs: dict[str, Run], before: float, data: Split) -> None:
+    """Print what each run has reached and what it costs, a column to a model; `before` is the accuracy of all."""
+    total = sum(p.numel() for p in models["head only"].parameters())
+    times = step_times(list(models.values()), data)
+    trained = [trained_parameters(model) for model in models.values()]
+    rows = {
+        "digits 5-9": models,
+        "accuracy before": [f"{before:.1%}" for _ in models],
+        "accuracy after": [f"{runs[name].accuracies[-1]:.1%}" for name in models],
+        "subspaces trained at the end": [f"{subspaces(model):,}" for model in models.values()],
+        "parameters trained at the end": [f"{count:,}" for count in trained],
+        "  share of the model": [f"{count / total:.2%}" for count in trained],
+        "training step": [f"{seconds * 1e3:.2f} ms" for seconds in times],
+        "  ratio to the frozen model": [f"{seconds / times[0]:.2f}" for seconds in times],
+    }
+    for title, cells in rows.items():
+        print(f"{title:<30}" + "".join(f"{cell:>15}" for cell in cells))
 
 
 def run_methods(
     args: argparse.Namespace, methods: tuple[str, ...], base: DigitsViT, config: AdaMSSConfig, data: Split
 ) -> int:
     """Train AdaMSS and each related method at its default settings; print one table and write it as methods.json."""
-    models = {"head only": copy.deepcopy(base).requires_grad_(False)}
-    models["head only"].head.requires_grad_(True)
+    models = {"head only": head_only(base)}
     models["adamss"] = copy.deepcopy(base)
     inject_adamss(models["adamss"], config)
     for method in methods:
@@ -237,16 +250,12 @@ def step_times(models: list[nn.Module], data: Split, repeats: int = 30) -> list[
     return [statistics.median(samples) for samples in times]
 
 
-def draw(path: Path, runs: dict[str, Run]) -> bool:
-    """Plot loss and accuracy of each run over epochs; False where matplotlib is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+def draw(path: Path, runs: dict[str, Run]) -> None:
+    """Plot loss and accuracy of each run over epochs."""
+    from matplotlib.figure import Figure
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for (name, run), style in zip(runs.items(), (":", "--", "-"), strict=True):
         epochs = range(1, len(run.losses) + 1)
         left.plot(epochs, run.losses, style, color="black", label=name)
@@ -257,5 +266,3 @@ def draw(path: Path, runs: dict[str, Run]) -> bool:
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return True

@@ -42,7 +42,7 @@ def collect() -> dict[str, Any]:
         "adamss_kernels": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "libraries": {name: _version(name) for name in _LIBRARIES},
+        "libraries": {name: installed_version(name) for name in _LIBRARIES},
         "cpu": {"threads": torch.get_num_threads(), "torch_isa": torch.backends.cpu.get_cpu_capability()},
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "native": native.describe(),
@@ -80,7 +80,8 @@ def self_test(backend: str) -> str:
     return f"available (self-test: largest relative error {max(errors):.1e})"
 
 
-def _version(distribution: str) -> str:
+def installed_version(distribution: str) -> str:
+    """Return the version of a distribution, or "not installed"."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -93,7 +94,7 @@ def _as_text(report: dict[str, Any]) -> str:
     lines += [f"  {name:<14}{version}" for name, version in report["libraries"].items()]
     lines += ["", "devices"]
     lines += [f"  {'cpu':<14}{report['cpu']['threads']} threads, torch uses {report['cpu']['torch_isa']}"]
-    lines += [f"  {f'cuda:{i}':<14}{name}" for i, name in enumerate(report["gpus"])] or []
+    lines += [f"  {f'cuda:{i}':<14}{name}" for i, name in enumerate(report["gpus"])]
     lines += ["", "native library"]
     lines += [f"  {key:<14}{value}" for key, value in report["native"].items()]
     lines += ["", "CUDA library"]

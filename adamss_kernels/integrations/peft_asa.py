@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..asa import keep_above_threshold, keep_top, scheduled_budget
+from ..asa import is_event, scheduled_budget, survivors
 from ..importance import ImportanceBank, Member, accumulate, measure, stack_banks
 
 logger = logging.getLogger(__name__)
@@ -85,8 +84,7 @@ class AdapterAllocation:
             if not self._is_bound(parameters, has_grad):
                 self._bind(has_grad)
             accumulate(self._banks, measure(self._banks))
-        last = peft_budget is None and step == self._config.final_warmup
-        if step % self._config.mask_interval == 0 or last:
+        if is_event(step, self._config, peft_budget is None):
             self._allocate(step, peft_budget)
             for layer in self._layers.values():
                 layer.reset_importance(self._adapter)
@@ -173,14 +171,9 @@ class AdapterAllocation:
         exact = peft_budget is None
         budget = scheduled_budget(step, len(pairs), self._config) if peft_budget is None else peft_budget
         candidates = trained if exact else ranked
-        if budget >= int(candidates.sum()):
+        keep = survivors(step, scores, candidates, budget, exact=exact, stacklevel=6)
+        if torch.equal(keep, candidates):
             return
-        if not scores[candidates].any():
-            consequence = "nothing is pruned" if exact else "everything is frozen, as in PEFT"
-            warnings.warn(f"ASA step {step}: all scores are zero, so {consequence}", stacklevel=5)
-            if exact:
-                return
-        keep = (keep_top if exact else keep_above_threshold)(scores, candidates, budget)
         for (_, _, A, B), ranks, stays in zip(pairs, candidates.tolist(), keep.tolist(), strict=True):
             if ranks:
                 for parameter in (A, B):

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from ..asa import SubspaceAllocator
+from ..asa import SubspaceAllocator, is_event
 from ..config import ASA_FIELDS, AdaMSSConfig
-from ..importance import full_tensor
-from ..model import adamss_layers, unwrap
+from ..distributed import full_tensor, unwrap
+from ..model import adamss_layers
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ class _OurLayers:
         return self._allocator.active_counts()
 
     def is_event(self, step: int) -> bool:
-        return _is_event(step, self._config, self._config.asa_compat is None)
+        return is_event(step, self._config, self._config.asa_compat is None)
 
     def update(self, step: int) -> None:
         self._allocator.update_and_allocate(step)
@@ -226,7 +226,7 @@ class _PeftModel:
 
     def is_event(self, step: int) -> bool:
         exact = getattr(self._tuner, "asa_compat", "peft") is None
-        return any(_is_event(step, config, exact) for config in self.configs())
+        return any(is_event(step, config, exact) for config in self.configs())
 
     def update(self, step: int) -> None:
         self._tuner.update_and_allocate(step)
@@ -273,11 +273,6 @@ def _find_target(model: nn.Module, optimizer: Any, overrides: Mapping[str, Any])
     raise ValueError(
         "ASACallback: the model has no AdaMSS layer; adapt it with inject_adamss or peft.get_peft_model first"
     )
-
-
-def _is_event(step: int, config: Any, exact: bool) -> bool:
-    due = step % config.mask_interval == 0 or (exact and step == config.final_warmup)
-    return due and config.init_warmup <= step <= config.final_warmup
 
 
 def _encode(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:

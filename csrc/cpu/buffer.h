@@ -34,13 +34,10 @@ class Buffer {
         std::memset(static_cast<void*>(p_), 0, size * sizeof(T));
     }
 
-    int64_t size() const { return size_; }
     T* data() { return p_; }
     const T* data() const { return p_; }
     T& operator[](int64_t i) { return p_[i]; }
     const T& operator[](int64_t i) const { return p_[i]; }
-    T* begin() { return p_; }
-    T* end() { return p_ + size_; }
     const T* begin() const { return p_; }
     const T* end() const { return p_ + size_; }
 
@@ -59,6 +56,7 @@ class Buffer {
 };
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 // Elements from row to row of a matrix of our own: aligned, and no power of two, which would put all rows into the same
 // few cache sets.
@@ -66,6 +64,5 @@ template <class T>
 int64_t row_stride(int64_t width) {
     return round_up(width * int64_t(sizeof(T)), 64) / int64_t(sizeof(T)) + 64 / int64_t(sizeof(T));
 }
-inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 }  // namespace ADAMSS_ISA

@@ -30,12 +30,12 @@ bool coin() { return integer(0, 1); }
 double normal() { return std::normal_distribution<double>()(generator); }
 
 // Storage types; values are rounded to them before either side computes.
-struct half {
+struct bfloat16 {
     uint16_t bits;
 };
 double widen(float v) { return v; }
 double widen(double v) { return v; }
-double widen(half v) {
+double widen(bfloat16 v) {
     const uint32_t bits = uint32_t(v.bits) << 16;
     float f;
     std::memcpy(&f, &bits, 4);
@@ -43,7 +43,7 @@ double widen(half v) {
 }
 void set(float& to, double v) { to = float(v); }
 void set(double& to, double v) { to = v; }
-void set(half& to, double v) {
+void set(bfloat16& to, double v) {
     const float f = float(v);
     uint32_t bits;
     std::memcpy(&bits, &f, 4);
@@ -89,13 +89,13 @@ template <class X>
 void one_case() {
     using T = std::conditional_t<std::is_same_v<X, double>, double, float>;
     const double unit_T = std::is_same_v<T, double> ? 0x1p-53 : 0x1p-24;
-    const double unit_X = std::is_same_v<X, half> ? 0x1p-8 : unit_T;
+    const double unit_X = std::is_same_v<X, bfloat16> ? 0x1p-8 : unit_T;
     // Where AMX makes the base product, it rounds Q, C, S and dS to bfloat16 once.
-    const bool whole = std::is_same_v<X, half> && std::string(adamss_cpu_isa()) == "amx" && coin();
+    const bool whole = std::is_same_v<X, bfloat16> && std::string(adamss_cpu_isa()) == "amx" && coin();
     const double unit_S = whole ? 0x1p-8 : unit_T;
-    const int64_t dtype = std::is_same_v<X, double> ? ADAMSS_FLOAT64
-                          : std::is_same_v<X, half> ? ADAMSS_BFLOAT16
-                                                    : ADAMSS_FLOAT32;
+    const int64_t dtype = std::is_same_v<X, double>     ? ADAMSS_FLOAT64
+                          : std::is_same_v<X, bfloat16> ? ADAMSS_BFLOAT16
+                                                        : ADAMSS_FLOAT32;
     const int64_t M = whole ? integer(64, 300) : integer(0, coin() ? 9 : 300);
     const int64_t D = integer(1, coin() ? 20 : 150), R = integer(1, coin() ? 6 : 40);
     int64_t N = integer(1, coin() ? 20 : 150), K = integer(1, std::min<int64_t>(N, coin() ? 4 : 32));
@@ -228,7 +228,7 @@ void one_case() {
                 dx[m * D + d] += dy(m, i) * W(i, d);
                 dx_size[m * D + d] += std::abs(dy(m, i) * W(i, d));
             }
-    const bool updates_W = need_dx && !std::is_same_v<X, half> && coin();
+    const bool updates_W = need_dx && !std::is_same_v<X, bfloat16> && coin();
     std::vector<double> W_updated(N * D), W_size(N * D);
     for (int64_t i = 0; i < N; ++i)
         for (int64_t d = 0; d < D; ++d) {
@@ -270,7 +270,7 @@ int main(int count, char** arguments) {
     while (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < seconds)
         for (const std::string& isa : isas) {
             if (adamss_cpu_init(run_serially, isa.c_str()) != 0) return 1;
-            one_case<float>(), one_case<double>(), one_case<half>();
+            one_case<float>(), one_case<double>(), one_case<bfloat16>();
             cases += 3;
         }
     std::printf("%lld cases on %s, seed %llu; largest error %.2g of what rounding explains\n", (long long)cases,

@@ -46,11 +46,6 @@ inline void store(T* p, vec<T> v) {
 }
 
 template <class T>
-inline vec<T> broadcast(T s) {
-    return s - vec<T>{};
-}
-
-template <class T>
 inline T sum(vec<T> v) {
     T total = 0;
     for (int lane = 0; lane < Vector<T>::width; ++lane) total += v[lane];

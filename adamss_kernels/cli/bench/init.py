@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ...config import AdaMSSConfig
+from ...decompose import augmented
 from ...model import adamss_layers, inject_adamss
 from .measure import Contender, Settings, interleaved, summary
 from .results import Row
@@ -47,10 +48,9 @@ def measure(case: dict[str, Any], names: Sequence[str] | None, settings: Setting
         yield {"suite": "init", "case": case, "provider": name, **results[name]}
 
 
-def _svd(layer: nn.Module, R: int) -> object:
-    weight, bias = layer.weight.detach(), layer.bias.detach()  # type: ignore[operator]
-    augmented = torch.cat((weight, bias[:, None]), dim=1)
-    return torch.svd_lowrank(augmented, q=min(R, *augmented.shape), niter=2)
+def _svd(layer: Any, R: int) -> object:
+    matrix = augmented(layer.weight, layer.bias)
+    return torch.svd_lowrank(matrix, q=min(R, *matrix.shape), niter=2)
 
 
 def _contender(adapt: Callable[[nn.ModuleDict], Any], base: nn.ModuleDict) -> Contender:

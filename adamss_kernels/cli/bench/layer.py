@@ -88,9 +88,9 @@ def _least_seconds(layer: nn.Module, case: dict[str, Any], bound: Bound, backwar
     """Return what the work of an AdaMSS update costs at the machine's bound; None for other layers."""
     if not isinstance(layer, FusedAdaMSSLinear):
         return None
-    rows = torch.bincount(layer.row_subspace, minlength=layer.layout.num_subspaces)
-    ranks = layer.ranks * layer.active
-    work = update_work(case, int(ranks.sum()), int((rows * ranks).sum()), layer.weight.element_size(), backward)
+    ranks = [r_k * active for r_k, active in zip(layer.layout.ranks, layer.active.tolist(), strict=True)]
+    entries = sum(n_k * r_k for n_k, r_k in zip(layer.layout.sizes, ranks, strict=True))
+    work = update_work(case, sum(ranks), entries, layer.weight.element_size(), backward)
     return bound.seconds(*work) * case["layers"]
 
 

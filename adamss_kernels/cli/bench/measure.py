@@ -5,12 +5,11 @@ the median over rounds of (contender / base in the same round). Who comes after 
 
 A turn is one discarded call and then as many timed ones as fill `SAMPLE_SECONDS`, of which the median counts, so that
 other programs that interrupt some of the calls do not. A single call that fills the time by itself warms itself, and
-nothing is discarded. Switching at every call instead would
-time each contender with its caches filled by another one, the slowest of them the most wasteful; running one contender
-to the end before the next would compare two different minutes. Within a turn the contender is warm as a layer in a
-training loop is: its code and its parameters were used a moment ago. Its input was not: on the CPU, calls take their
-operands in turn from a `Rotation`, which is larger than the cache, as activations come from another layer; on a GPU the
-L2 cache is overwritten before every timed call.
+nothing is discarded. Switching at every call instead would time each contender with its caches filled by another one,
+the slowest of them the most wasteful; running one contender to the end before the next would compare two different
+minutes. Within a turn the contender is warm as a layer in a training loop is: its code and its parameters were used a
+moment ago. Its input was not: on the CPU, calls take their operands in turn from a `Rotation`, which is larger than the
+cache, as activations come from another layer; on a GPU the L2 cache is overwritten before every timed call.
 
 Which pages tensors get is luck, and moves a ratio the same way for as long as they stay. So on the CPU operands and
 layers are put elsewhere several times during a measurement, and the rounds of all places count together.

@@ -161,13 +161,15 @@ def _cost(rows: list[Row]) -> Any:
 
 
 def _roofline(rows: list[Row]) -> Any:
+    from matplotlib.figure import Figure
+
     kernels = [r for r in rows if r["suite"] in ("layer", "asa") and "flop_per_byte" in r]
     bounds = [r for r in rows if r["suite"] == "bound" and r["case"]["of"] == "layer"]
     peaks = {r["case"]["dtype"]: r["tflop_per_s"] for r in bounds if r["provider"] == "gemm"}
     dtypes = [dtype for dtype in peaks if any(_dtype(r) == dtype for r in kernels)]
     if not dtypes:
         return None
-    figure = _pyplot().figure(figsize=(3.5 + 4.2 * len(dtypes), 5), layout="constrained")
+    figure = Figure(figsize=(3.5 + 4.2 * len(dtypes), 5), layout="constrained")
     handles: dict[str, Any] = {}
     for index, dtype in enumerate(dtypes):
         axes = figure.add_subplot(1, len(dtypes), index + 1)
@@ -232,15 +234,6 @@ def _ratios(panels: list[tuple[str, list[Row]]], variable: str, columns: int) ->
     return _grid(named, _ratio, "ratio to nn.Linear", columns)
 
 
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
 def _grid(
     panels: Sequence[tuple[str, list[Row], str, str]],
     value: Callable[[Row], float],
@@ -255,9 +248,11 @@ def _grid(
     Both axes are logarithmic; whiskers are quartiles where `value` is a ratio. With `figure`, rows of panels are added
     to it.
     """
+    from matplotlib.figure import Figure
+
     lines = -(-len(panels) // columns)
     total = total_rows or lines
-    figure = figure or _pyplot().figure(figsize=(0.5 + 3.4 * columns, 0.6 + 2.7 * total), layout="constrained")
+    figure = figure or Figure(figsize=(0.5 + 3.4 * columns, 0.6 + 2.7 * total), layout="constrained")
     # What panels that are there already show stays in the legend.
     handles = {line.get_label(): line for axes in figure.axes for line in axes.lines}
     for index, (text, members, variable, name) in enumerate(panels):

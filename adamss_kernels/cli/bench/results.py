@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -19,6 +18,7 @@ import torch
 from ... import native
 from ...atomic import replace_file
 from ...native import cuda_library
+from ..info import installed_version
 
 Row = dict[str, Any]
 """A measurement: `suite`, `case` (what was measured), `provider`, and its figures."""
@@ -65,7 +65,7 @@ def environment(device: torch.device | None = None) -> Row:
         "load_average": os.getloadavg(),
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "native": native.describe(),
-        "versions": {name: _version(name) for name in ("torch", "triton", "peft", "transformers", "numpy")}
+        "versions": {name: installed_version(name) for name in ("torch", "triton", "peft", "transformers", "numpy")}
         | {"python": platform.python_version()},
         "commit": _said("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
         "command": _command(),
@@ -110,13 +110,6 @@ def _command() -> str:
     is_command = program.name in ("adamss-kernels", "__main__.py")
     words = ["adamss-kernels"] if is_command else ["python", program.name if program.is_absolute() else str(program)]
     return " ".join([*words, *sys.argv[1:]])
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _cpu_model() -> str:

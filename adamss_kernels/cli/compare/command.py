@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import re
 import shutil
@@ -17,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ... import __version__
 from ...atomic import replace_file
-from .fit import FROM_BASE, FROM_ZERO, PERTURBATION, budget, fit, setting
+from .fit import PERTURBATION, STARTS, budget, fit, setting
 from .matrices import DRAWN, drawn_matrix, pretrained_matrices
 from .metrics import effective_rank, errors, singular_values
 from .report import draw_comparison, draw_spectra, tables
@@ -110,10 +111,13 @@ def run(args: argparse.Namespace) -> int:
     _write(args.output / RESULTS, results)
     shutil.rmtree(folder)
     print(tables(results))
-    drawn = draw_comparison(args.output / "peft_comparison.png", results)
-    drawn = drawn and draw_spectra(args.output / "spectra.png", results)
     print(f"\nresults: {args.output / RESULTS}")
-    print(f"plots: {args.output}" if drawn else "plots: not drawn, matplotlib is missing")
+    if importlib.util.find_spec("matplotlib") is None:
+        print("plots: not drawn, matplotlib is missing")
+        return 0
+    draw_comparison(args.output / "peft_comparison.png", results)
+    draw_spectra(args.output / "spectra.png", results)
+    print(f"plots: {args.output}")
     return 0
 
 
@@ -126,7 +130,7 @@ def _tasks(names: list[str], seeds: list[int], target: Any) -> Iterator[Task]:
     for name in names:
         shape = tuple(target(name, seeds[0]).shape)
         for seed in seeds:
-            for start, methods in (("zero", FROM_ZERO), ("perturbed", FROM_BASE)):
+            for start, methods in STARTS.items():
                 yield from (Task(name, seed, start, m) for m in methods if setting(m, shape) is not None)
 
 
@@ -154,7 +158,7 @@ def _summary(name: str, targets: dict[int, Tensor], done: dict[Task, dict[str, A
             "singular_values": _rounded(next(iter(spectra.values())).tolist()),
         },
     }
-    for start, methods in (("zero", FROM_ZERO), ("perturbed", FROM_BASE)):
+    for start, methods in STARTS.items():
         summary[start] = {}
         for method in methods:
             fits = [fitted for task, fitted in done.items() if task[0] == name and task[2:] == (start, method)]

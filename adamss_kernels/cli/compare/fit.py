@@ -15,17 +15,10 @@ from ...linear import FusedAdaMSSLinear
 
 FROM_ZERO = ("lora", "sinlora", "randlora", "kronecker", "kradapter", "full")
 """Methods whose update can stand alone, and training of all entries."""
-FROM_BASE = (
-    "lora",
-    "sinlora",
-    "randlora",
-    "kronecker",
-    "kradapter",
-    "spectral_additive",
-    "spectral_rotational",
-    "adamss",
-)
+FROM_BASE = (*METHODS, "adamss")
 """Methods that adapt a base: all of them."""
+STARTS = {"zero": FROM_ZERO, "perturbed": FROM_BASE}
+"""Where a fit starts, and the methods that can start there."""
 
 PERTURBATION = 0.5
 """Frobenius norm of the noise on the perturbed base, over that of the target."""

@@ -90,12 +90,18 @@ def pretrained_matrices(size: tuple[int, int], clip: Path | None) -> tuple[dict[
     if clip is not None:
         return _clip(size, clip), {}
     skipped = {"clip_language": "no --clip weights given", "clip_vision": "no --clip weights given"}
-    spec = importlib.util.find_spec(MINILM_PACKAGE)
-    if spec is None or spec.origin is None:
+    folder = minilm_folder()
+    if folder is None:
         reason = f"the package {MINILM_PACKAGE.replace('_', '-')} is not installed"
         return {}, skipped | dict.fromkeys(_MINILM, reason)
-    path = Path(spec.origin).parent / "model" / "model.safetensors"
-    return {name: _cut(tensor, size) for name, tensor in _read(path, _MINILM).items()}, skipped
+    tensors = _read(folder / "model.safetensors", _MINILM)
+    return {name: _cut(tensor, size) for name, tensor in tensors.items()}, skipped
+
+
+def minilm_folder() -> Path | None:
+    """Return the folder of the MiniLM weights, without importing their package; None where that is not installed."""
+    spec = importlib.util.find_spec(MINILM_PACKAGE)
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent / "model"
 
 
 def _clip(size: tuple[int, int], path: Path) -> dict[str, Tensor]:

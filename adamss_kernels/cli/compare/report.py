@@ -78,14 +78,14 @@ def claim(random: dict[str, Any]) -> str:
     )
 
 
-def draw_comparison(path: Path, results: dict[str, Any]) -> bool:
-    """Plot each method's nuclear error as a share of LoRA's, from both starts; False where matplotlib is missing."""
-    plt = _pyplot()
-    if plt is None:
-        return False
+def draw_comparison(path: Path, results: dict[str, Any]) -> None:
+    """Plot each method's nuclear error as a share of LoRA's, from both starts."""
+    from matplotlib.figure import Figure
+
     matrices = results["matrices"]
     width = max(8.0, 1.6 * len(matrices))
-    figure, rows = plt.subplots(2, 1, figsize=(width, 8), layout="constrained")
+    figure = Figure(figsize=(width, 8), layout="constrained")
+    rows = figure.subplots(2, 1)
     for axes, (start, title) in zip(rows, _TITLES.items(), strict=True):
         methods = [m for m in _LOOKS if any(m in kind[start] for kind in matrices.values())]
         step = 0.84 / len(methods)
@@ -110,21 +110,18 @@ def draw_comparison(path: Path, results: dict[str, Any]) -> bool:
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    _save(plt, figure, path)
-    return True
+    figure.savefig(path, dpi=150)
 
 
-def draw_spectra(path: Path, results: dict[str, Any]) -> bool:
-    """Plot the singular values of target and fits from zero, a panel to a matrix; False where matplotlib is missing."""
-    plt = _pyplot()
-    if plt is None:
-        return False
+def draw_spectra(path: Path, results: dict[str, Any]) -> None:
+    """Plot the singular values of target and fits from zero, a panel to a matrix."""
+    from matplotlib.figure import Figure
+
     matrices = results["matrices"]
     columns = min(3, len(matrices))
     rows = -(-len(matrices) // columns)
-    figure, grid = plt.subplots(
-        rows, columns, figsize=(4 * columns, 3 * rows + 0.6), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(4 * columns, 3 * rows + 0.6), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
     for axes, (name, kind) in zip(grid.flat, matrices.items(), strict=False):
         target = kind["target"]["singular_values"]
         floor = 1e-3 * target[0]
@@ -140,26 +137,9 @@ def draw_spectra(path: Path, results: dict[str, Any]) -> bool:
         axes.set_axis_off()
     handles, labels = grid.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    _save(plt, figure, path)
-    return True
+    figure.savefig(path, dpi=150)
 
 
 def _shown(values: list[float], floor: float) -> list[float]:
     """Replace what lies below the plot by NaN, which is not drawn."""
     return [value if value >= floor else math.nan for value in values]
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError:
-        return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _save(plt: Any, figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
