@@ -43,8 +43,8 @@ bool takes_base(const void* W, int64_t M, int64_t D, int64_t N) {
     return W && M >= FEWEST_ROWS && D * N <= MOST_ELEMENTS;
 }
 
-// Adds the bias to the sums of 32 columns, rounds and writes them, some rows at each call. The output is far away, and a
-// row of a panel a single line of it: each is asked for a panel ahead.
+// Adds the bias to the sums of 32 columns, rounds and writes them, some rows at each call. The output is far away, and
+// a row of a panel a single line of it: each is asked for a panel ahead.
 class Finish {
     const float* bias_;
     const int64_t M_, width_, rows_per_call_;
@@ -174,9 +174,10 @@ class Outer {
 
     // Floats that the sums for `width` columns take: [column / 32][row / 16][2] tiles.
     static int64_t size(int64_t rho, int64_t width) { return pairs_for(width) * ((rho + ROWS - 1) / ROWS) * 2 * SUM; }
-    static float at(const float* sums, int64_t rho, int64_t p, int64_t n) {
+    // The sum of row p and column n; those of columns to the next multiple of ROWS follow.
+    static const float* from(const float* sums, int64_t rho, int64_t p, int64_t n) {
         const int64_t tiles = (rho + ROWS - 1) / ROWS;
-        return sums[((n / PAIR * tiles + p / ROWS) * 2 + n % PAIR / ROWS) * SUM + p % ROWS * ROWS + n % ROWS];
+        return sums + ((n / PAIR * tiles + p / ROWS) * 2 + n % PAIR / ROWS) * SUM + p % ROWS * ROWS + n % ROWS;
     }
 
     void take(const float* S, int64_t stride) { pack_transposed(S, stride, tokens_, rho_, transposed_.data()); }
@@ -208,7 +209,7 @@ adamss_status forward_bfloat16(const adamss_forward_args& args) {
     const Columns columns(l);
     const Coefficients<float> coefficients(l, static_cast<const float*>(args.C), args.r_max, columns);
     const DenseCoefficients<float> Ct(coefficients, columns.count, N);
-    const Projection<float> projection(columns, static_cast<const float*>(args.B), static_cast<const float*>(args.A),
+    const Projection<float> projection(columns, static_cast<const float*>(args.B), args.A, args.A_is_bfloat16,
                                        static_cast<const float*>(args.a), args.R, D);
     const bfloat16* const W = static_cast<const bfloat16*>(args.W);
     const Pass pass(D, N, columns.count, projection.Q.data(), Ct.rows.data(), [&](int64_t pair, bfloat16* tiles) {
@@ -244,7 +245,7 @@ adamss_status backward_bfloat16(const adamss_backward_args& args) {
     const DenseCoefficients<float> Ct(coefficients, rho, N);
     const Columns none(no_rows(l));
     const Projection<float> projection(args.dx ? columns : none, static_cast<const float*>(args.B),
-                                       static_cast<const float*>(args.A), nullptr, args.R, D);
+                                       args.A, args.A_is_bfloat16, nullptr, args.R, D);
     const bfloat16* const W = static_cast<const bfloat16*>(args.W);
     Buffer<const bfloat16*> W_rows(N);
     for (int64_t i = 0; i < N; ++i) W_rows[i] = W + i * args.stride_wn;
@@ -257,7 +258,7 @@ adamss_status backward_bfloat16(const adamss_backward_args& args) {
     const bfloat16* const source = static_cast<const bfloat16*>(args.P ? args.P : args.x);
     const int64_t width = args.P ? args.R : D, stride = args.P ? args.stride_pm : args.stride_xm;
     const int64_t size_dQ = args.dB ? Outer::size(learning, width) : 0;
-    const int64_t size_dC = args.dC ? Outer::size(learning, N) : 0;
+    const int64_t size_dC = args.dC ? round_up(N * args.r_max, ROWS) : 0;
     // Whole cache lines, so that no row of a tile straddles two.
     const int64_t size = size_dQ + size_dC + round_up(learning, ROWS);
     Buffer<float> partial(shares.count * size, UNINITIALISED);
@@ -270,6 +271,7 @@ adamss_status backward_bfloat16(const adamss_backward_args& args) {
         const int64_t block_M = smaller(4 * PAIR, shares.tokens);
         Buffer<bfloat16> left(pass.left_size(block_M), UNINITIALISED);
         Buffer<float> dS(block_M * pass.stride_s(), UNINITIALISED);
+        Buffer<float> sums_dC(args.dC ? Outer::size(learning, N) : 0, UNINITIALISED);
         Buffer<float> S_learning(masked ? block_M * learning : 0, UNINITIALISED);
         for (int64_t begin = first; begin < end; begin += block_M) {
             const int64_t M = smaller(block_M, end - begin), next = begin + M, next_M = smaller(block_M, args.M - next);
@@ -285,7 +287,7 @@ adamss_status backward_bfloat16(const adamss_backward_args& args) {
                     S = S_learning.data();
                 }
                 outer.take(S, masked ? learning : rho_full);
-                outer.multiply(dy, args.stride_dym, N, begin > first, dC);
+                outer.multiply(dy, args.stride_dym, N, begin > first, sums_dC.data());
             }
             if (args.dB) {
                 outer.take(dS.data(), pass.stride_s());
@@ -300,18 +302,24 @@ adamss_status backward_bfloat16(const adamss_backward_args& args) {
                 pass.product(M, dS.data(), nullptr, left.data(), static_cast<bfloat16*>(args.dx) + begin * D, ahead);
             }
         }
+        // Of RHO sums for each row of C, r_k are wanted.
+        if (args.dC)
+            for_learning(l, columns, [&](int64_t p, int64_t j, int64_t i) {
+                dC[i * args.r_max + j] = *Outer::from(sums_dC.data(), learning, p, i);
+            });
     });
     add_shares(partial, shares.count, size);
     const float *const sums_dQ = partial.data(), *const sums_dC = sums_dQ + size_dQ;
     if (args.dB) {
         Buffer<float> dQ(learning * width, UNINITIALISED);
         for (int64_t p = 0; p < learning; ++p)
-            for (int64_t d = 0; d < width; ++d) dQ[p * width + d] = Outer::at(sums_dQ, learning, p, d);
+            for (int64_t d = 0; d < width; d += ROWS)
+                std::memcpy(dQ.data() + p * width + d, Outer::from(sums_dQ, learning, p, d),
+                            smaller(ROWS, width - d) * sizeof(float));
         write_dB(args, columns, dQ.data(), width, sums_dC + size_dC);
     }
     if (args.dC)
-        write_dC<float>(args, columns,
-                        [&](int64_t p, int64_t, int64_t i) { return Outer::at(sums_dC, learning, p, i); });
+        write_dC<float>(args, columns, [&](int64_t i, int64_t j) { return sums_dC[i * args.r_max + j]; });
     return ADAMSS_WHOLE;
 }
 

@@ -107,25 +107,25 @@ void add_shares(Buffer<T>& partial, int64_t shares, int64_t size) {
 // dB from dQ (learning, width) = dS^T P or dS^T x, and then dB = dQ A^T + dq a^T.
 template <class T>
 void write_dB(const adamss_backward_args& args, const Columns& columns, const T* dQ, int64_t width, const T* dq) {
-    const T *const A = static_cast<const T*>(args.A), *const a = static_cast<const T*>(args.a);
+    const T* const a = static_cast<const T*>(args.a);
     const int64_t learning = columns.learning;
     T* const dB = static_cast<T*>(args.dB);
     std::memset(dB, 0, args.layout.offsets[args.layout.K] * args.R * sizeof(T));
     for (int64_t p = 0; p < learning && args.P; ++p)
         std::memcpy(dB + columns.column[p] * args.R, dQ + p * width, args.R * sizeof(T));
-    Buffer<const T*> A_rows(args.R);
-    for (int64_t r = 0; r < args.R; ++r) A_rows[r] = A + r * args.D;
-    const int64_t rows = round_up(larger(1, WORTH_A_THREAD / (learning * args.D + 1)), TILE_P);
+    const int64_t rows = share_of(args.R, learning * args.D, TILE_P);
     parallel_blocks(args.P ? 0 : (args.R + rows - 1) / rows, [&](int64_t block) {
-        for_tiles(smaller(rows, args.R - block * rows), [&](auto tile, int64_t first) {
+        const int64_t begin = block * rows, end = smaller(args.R, begin + rows);
+        const BasisRows<T> A(args.A, args.A_is_bfloat16, args.D, begin * args.D, end - begin, args.D);
+        for_tiles(end - begin, [&](auto tile, int64_t first) {
             constexpr int COLUMNS = decltype(tile)::value;
-            const int64_t r = block * rows + first;
+            const int64_t r = begin + first;
             for (int64_t p = 0; p < learning; p += TILE_M) {
                 const int64_t count = smaller(TILE_M, learning - p);
                 const T* dQ_rows[TILE_M];
                 for (int64_t i = 0; i < TILE_M; ++i) dQ_rows[i] = dQ + (p + smaller(i, count - 1)) * width;
                 T sums[TILE_M * COLUMNS] = {};
-                dot_tile<T, COLUMNS>(0, args.D, dQ_rows, A_rows.data() + r, sums, COLUMNS);
+                dot_tile<T, COLUMNS>(0, args.D, dQ_rows, A.rows.data() + first, sums, COLUMNS);
                 for (int64_t i = 0; i < count; ++i)
                     for (int j = 0; j < COLUMNS; ++j)
                         dB[columns.column[p + i] * args.R + r + j] =
@@ -135,18 +135,22 @@ void write_dB(const adamss_backward_args& args, const Columns& columns, const T*
     });
 }
 
-// dC at the places of C; `at(p, j, i)` is the gradient of C[i, j], whose compact column is p.
-template <class T, class F>
-void write_dC(const adamss_backward_args& args, const Columns& columns, const F& at) {
-    const adamss_layout& l = args.layout;
-    T* const dC = static_cast<T*>(args.dC);
-    std::memset(dC, 0, l.N * args.r_max * sizeof(T));
+// f(p, j, i) for every C[i, j] that learns; its compact column is p.
+template <class F>
+void for_learning(const adamss_layout& l, const Columns& columns, const F& f) {
     for (int64_t i = 0; i < l.N; ++i) {
         const int32_t k = l.row_subspace[i];
         if (columns.start[k] < 0 || columns.start[k] >= columns.learning) continue;
-        for (int32_t j = 0; j < l.offsets[k + 1] - l.offsets[k]; ++j)
-            dC[i * args.r_max + j] = at(columns.start[k] + j, j, i);
+        for (int32_t j = 0; j < l.offsets[k + 1] - l.offsets[k]; ++j) f(columns.start[k] + j, j, i);
     }
+}
+
+// dC at the places of C; `at(i, j)` is the gradient of C[i, j].
+template <class T, class F>
+void write_dC(const adamss_backward_args& args, const Columns& columns, const F& at) {
+    T* const dC = static_cast<T*>(args.dC);
+    std::memset(dC, 0, args.layout.N * args.r_max * sizeof(T));
+    for_learning(args.layout, columns, [&](int64_t, int64_t j, int64_t i) { dC[i * args.r_max + j] = at(i, j); });
 }
 
 // W' = W + C Q: N D r multiply-adds, where dS Q takes M D RHO and another pass over dx.
@@ -204,7 +208,7 @@ adamss_status backward(const adamss_backward_args& args) {
     const DenseCoefficients<T> Ct(coefficients, dS_by_subspace ? 0 : rho, N);
     const Columns none(no_rows(l));
     const Projection<T> projection(args.dx || args.W_updated ? columns : none, static_cast<const T*>(args.B),
-                                   static_cast<const T*>(args.A), nullptr, args.R, args.D);
+                                   args.A, args.A_is_bfloat16, nullptr, args.R, args.D);
     if constexpr (std::is_same_v<T, X>)
         if (args.W_updated) write_W_updated<T>(args, columns, projection);
     if (!args.dx && !args.dB && !args.dC) return ADAMSS_UPDATE;
@@ -280,7 +284,7 @@ adamss_status backward(const adamss_backward_args& args) {
     if (args.dB) write_dB(args, columns, partial.data(), width, partial.data() + size_dQ);
     if (args.dC) {
         const T* const dC = partial.data() + size_dQ + learning;
-        write_dC<T>(args, columns, [&](int64_t, int64_t j, int64_t i) {
+        write_dC<T>(args, columns, [&](int64_t i, int64_t j) {
             return dC_by_subspace ? dC[rows.rows.place[i] * rows.stride + j] : dC[j * coefficients.stride + i];
         });
     }

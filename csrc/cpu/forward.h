@@ -98,9 +98,8 @@ adamss_status forward(const adamss_forward_args& args) {
     // From P, Q = B and q = 0.
     const X* const source = static_cast<const X*>(args.P ? args.P : args.x);
     const int64_t stride = args.P ? args.stride_pm : args.stride_xm, D = args.P ? args.R : args.D;
-    const Projection<T> projection(columns, static_cast<const T*>(args.B),
-                                   args.P ? nullptr : static_cast<const T*>(args.A), static_cast<const T*>(args.a),
-                                   args.R, D);
+    const Projection<T> projection(columns, static_cast<const T*>(args.B), args.P ? nullptr : args.A,
+                                   args.A_is_bfloat16, static_cast<const T*>(args.a), args.R, D);
     Buffer<T> bias(coefficients.stride);
     if (args.bias) to_arithmetic(static_cast<const X*>(args.bias), bias.data(), l.N);
     const auto update = for_rho<T>(rho, [](auto held) { return update_tile<T, X, decltype(held)::value>; });

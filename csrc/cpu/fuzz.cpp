@@ -122,7 +122,13 @@ void one_case() {
     Matrix<X> P(M, R, R + integer(0, 3), true);
     Matrix<X> bias(1, N, N, true);
     Matrix<X> W(N, D, D + integer(0, 3), true);
-    Matrix<T> A(R, D, D, true), a(1, R, R, true), B(rho, R, R, true), C(N, r_max, r_max, true);
+    // A basis of bfloat16 is the same numbers in fewer bits.
+    Matrix<bfloat16> A_bfloat16(R, D, D, true);
+    Matrix<T> A(R, D, D, true);
+    const bool A_is_bfloat16 = std::is_same_v<T, float> && coin();
+    for (int64_t i = 0; i < R * D && A_is_bfloat16; ++i) A.values[i] = T(widen(A_bfloat16.values[i]));
+    const void* const A_given = A_is_bfloat16 ? static_cast<void*>(A_bfloat16.data()) : A.data();
+    Matrix<T> a(1, R, R, true), B(rho, R, R, true), C(N, r_max, r_max, true);
 
     std::ostringstream text;
     text << "M=" << M << " D=" << D << " N=" << N << " R=" << R << " K=" << K << " rho=" << rho << " r_max=" << r_max
@@ -174,8 +180,9 @@ void one_case() {
     Matrix<X> y_got(M, N, N, false);
     const bool keep_S = coin();
     const adamss_forward_args forward = {dtype, M, D, R, x.data(), x.stride, projection ? P.data() : nullptr, P.stride,
-                                         whole ? W.data() : nullptr, W.stride, A.data(), has_bias ? a.data() : nullptr,
-                                         B.data(), has_bias ? bias.data() : nullptr, C.data(), r_max,
+                                         whole ? W.data() : nullptr, W.stride, A_given, A_is_bfloat16,
+                                         has_bias ? a.data() : nullptr, B.data(),
+                                         has_bias ? bias.data() : nullptr, C.data(), r_max,
                                          keep_S ? S_got.data() : nullptr, y_got.data(), layout};
     if (adamss_cpu_forward(&forward) != (whole ? ADAMSS_WHOLE : ADAMSS_UPDATE)) std::abort();
     const int64_t terms_S = D + R;
@@ -244,7 +251,7 @@ void one_case() {
     const adamss_backward_args backward = {
         dtype, M, D, R, dy.data(), dy.stride, projection ? nullptr : x.data(), x.stride,
         projection ? P.data() : nullptr, P.stride, S_in.data(), whole || updates_W ? W.data() : nullptr, W.stride,
-        A.data(), has_bias ? a.data() : nullptr, B.data(), C.data(), r_max,
+        A_given, A_is_bfloat16, has_bias ? a.data() : nullptr, B.data(), C.data(), r_max,
         need_dx && !updates_W ? dx_got.data() : nullptr, updates_W ? W_got.data() : nullptr,
         need_dB ? dB_got.data() : nullptr, need_dC ? dC_got.data() : nullptr, layout};
     if (adamss_cpu_backward(&backward) != (whole ? ADAMSS_WHOLE : ADAMSS_UPDATE)) std::abort();

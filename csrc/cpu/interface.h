@@ -2,8 +2,9 @@
 // operators.cpp makes operators of torch.
 //
 // Letters are those of docs/notation.md. Rows are contiguous; a stride, in elements, is given where rows need not
-// follow one another. x, bias, y and their gradients have the dtype that is named; everything else (A, a, B, C, S and
-// their gradients) has its accumulation dtype: double for double, float otherwise. P has the dtype of x.
+// follow one another. x, bias, P, y and their gradients have the dtype that is named; everything else (A, a, B, C, S
+// and their gradients) has its accumulation dtype: double for double, float otherwise. A may also be bfloat16 where
+// that is float.
 #pragma once
 
 #include <cstdint>
@@ -32,6 +33,7 @@ struct adamss_forward_args {
     const void* W;  // (N, D), dtype of x
     int64_t stride_wn;
     const void* A;     // (R, D); null for the identity, and then R = D
+    bool A_is_bfloat16;
     const void* a;     // (R,) or null
     const void* B;     // (RHO, R)
     const void* bias;  // (N,) or null, dtype of x
@@ -57,6 +59,7 @@ struct adamss_backward_args {
     const void* W;  // (N, D), dtype of x
     int64_t stride_wn;
     const void* A;  // (R, D); null for the identity, and then R = D and x comes as P
+    bool A_is_bfloat16;
     const void* a;  // (R,) or null
     const void* B;  // (RHO, R)
     const void* C;  // (N, r_max)

@@ -39,6 +39,12 @@ struct Columns {
 // Without rows or subspaces, for what is not wanted.
 inline adamss_layout no_rows(const adamss_layout& l) { return {0, 0, nullptr, l.offsets, nullptr, nullptr}; }
 
+// How many of `count` columns make a block: a few blocks for every thread where there is work enough, else one.
+inline int64_t share_of(int64_t count, int64_t work_per_column, int64_t multiple) {
+    constexpr int64_t SHARES = 16;
+    return round_up(count * work_per_column < WORTH_A_THREAD ? count : (count + SHARES - 1) / SHARES, multiple);
+}
+
 template <class F>
 void parallel_blocks(int64_t blocks, const F& f) {
     auto task = [](int64_t begin, int64_t end, void* context) {
@@ -66,6 +72,24 @@ struct Rows {
         for (int64_t m = 0; m < padded; ++m)
             to_arithmetic(x + smaller(m, M - 1) * stride_xm, copy.data() + m * width, width);
         p = copy.data(), stride = width;
+    }
+};
+
+// `count` rows of A (.., D) from an element on, `width` columns of them: where they lie if that is the arithmetic type,
+// else a copy.
+template <class T>
+struct BasisRows {
+    Buffer<T> copy;
+    Buffer<const T*> rows;  // (count,)
+
+    BasisRows(const void* A, bool is_bfloat16, int64_t D, int64_t begin, int64_t count, int64_t width)
+        : copy(is_bfloat16 ? count * width : 0, UNINITIALISED), rows(count) {
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t at = begin + i * D;
+            rows[i] = is_bfloat16 ? copy.data() + i * width : static_cast<const T*>(A) + at;
+            if constexpr (std::is_same_v<T, float>)
+                if (is_bfloat16) to_arithmetic(static_cast<const bfloat16*>(A) + at, copy.data() + i * width, width);
+        }
     }
 };
 
@@ -151,7 +175,7 @@ struct Projection {
     Buffer<const T*> Q;  // (count,) rows
     Buffer<T> q;         // (count,)
 
-    Projection(const Columns& columns, const T* B, const T* A, const T* a, int64_t R, int64_t D)
+    Projection(const Columns& columns, const T* B, const void* A, bool is_bfloat16, const T* a, int64_t R, int64_t D)
         : stride(row_stride<T>(D)),
           values(A ? round_up(columns.count, TILE_M) * stride : 0),
           Q(columns.count),
@@ -166,13 +190,11 @@ struct Projection {
             for (int64_t i = 0; a && i < R; ++i) q[p] += Q[p][i] * a[i];
             Q[p] = values.data() + p * stride;
         }
-        const int64_t span = round_up(larger(256, WORTH_A_THREAD / (rho * R + 1)), Vector<T>::width);
+        const int64_t span = share_of(D, rho * R, TILE_V * Vector<T>::width);
         parallel_blocks((D + span - 1) / span, [&](int64_t block) {
-            const int64_t d = block * span;
-            Buffer<const T*> rows(R);
-            for (int64_t i = 0; i < R; ++i) rows[i] = A + i * D + d;
-            product_block<T, T>(rho, smaller(span, D - d), R, compact.data(), R, rows.data(), values.data() + d,
-                                stride);
+            const int64_t d = block * span, width = smaller(span, D - d);
+            const BasisRows<T> A_d(A, is_bfloat16, D, d, R, width);
+            product_block<T, T>(rho, width, R, compact.data(), R, A_d.rows.data(), values.data() + d, stride);
         });
     }
 };

@@ -59,6 +59,14 @@ Tensor dense(Tensor t, int32_t dtype) {
     return !t || (t.dtype() == dtype && t.is_contiguous()) ? std::move(t) : copied(t, dtype);
 }
 
+bool is_bfloat16(const Tensor& t) { return t && t.dtype() == shim.aoti_torch_dtype_bfloat16; }
+
+// The kernels take a basis of bfloat16 as it is, where they compute in float.
+Tensor dense_basis(Tensor basis, int32_t arithmetic) {
+    const bool as_it_is = is_bfloat16(basis) && arithmetic == shim.aoti_torch_dtype_float32;
+    return dense(std::move(basis), as_it_is ? shim.aoti_torch_dtype_bfloat16 : arithmetic);
+}
+
 // The tensor itself where its rows are contiguous, else a copy: an expanded gradient, a transpose.
 Tensor dense_rows(Tensor t) { return !t || t.stride(1) == 1 ? std::move(t) : copied(t, t.dtype()); }
 
@@ -163,7 +171,7 @@ void forward(Value* stack, uint64_t, uint64_t) {
     Tensor P = by_P ? projected(x, basis, basis_bias) : empty(x.dtype(), 0);
     Tensor S = keep_S ? empty(types.arithmetic, M, B.size(0)) : empty(types.arithmetic, 0);
     Tensor y = empty(x.dtype(), M, N);
-    basis = dense(std::move(basis), types.arithmetic);
+    basis = dense_basis(std::move(basis), types.arithmetic);
     basis_bias = dense(std::move(basis_bias), types.arithmetic);
     bias = dense(std::move(bias), x.dtype());
     B = dense(std::move(B), types.arithmetic);
@@ -174,7 +182,7 @@ void forward(Value* stack, uint64_t, uint64_t) {
 
     const adamss_forward_args args = {types.dtype, M, x.size(1), R, x.data(), row_stride(x),
                                       by_P ? P.data() : nullptr, R, weight.data(), row_stride(weight), basis.data(),
-                                      basis_bias.data(), B.data(), bias.data(), C.data(), C.size(1),
+                                      is_bfloat16(basis), basis_bias.data(), B.data(), bias.data(), C.data(), C.size(1),
                                       keep_S ? S.data() : nullptr, y.data(),
                                       layout_of(row_subspace, offsets, active, Tensor())};
     if (lacks_base(adamss_cpu_forward(&args))) multiply(y, y, x, transposed(weight));
@@ -208,7 +216,7 @@ void backward(Value* stack, uint64_t, uint64_t) {
     const bool by_P = need_dB && P;
     P = dense_rows(std::move(P));
     x = dense_rows(std::move(x));
-    basis = dense(std::move(basis), types.arithmetic);
+    basis = dense_basis(std::move(basis), types.arithmetic);
     basis_bias = dense(std::move(basis_bias), types.arithmetic);
     B = dense(std::move(B), types.arithmetic);
     C = dense(std::move(C), types.arithmetic);
@@ -220,8 +228,9 @@ void backward(Value* stack, uint64_t, uint64_t) {
     const adamss_backward_args args = {types.dtype, M, D, R, dy.data(), row_stride(dy),
                                        need_dB && !by_P ? x.data() : nullptr, row_stride(x),
                                        by_P ? P.data() : nullptr, row_stride(P), need_dC ? S.data() : nullptr,
-                                       weight.data(), row_stride(weight), basis.data(), basis_bias.data(), B.data(),
-                                       C.data(), C.size(1), need_dx && !W_updated.matrix ? dx.data() : nullptr,
+                                       weight.data(), row_stride(weight), basis.data(), is_bfloat16(basis),
+                                       basis_bias.data(), B.data(), C.data(), C.size(1),
+                                       need_dx && !W_updated.matrix ? dx.data() : nullptr,
                                        W_updated.matrix.data(), need_dB ? dB.data() : nullptr,
                                        need_dC ? dC.data() : nullptr,
                                        layout_of(row_subspace, offsets, active, trainable)};
