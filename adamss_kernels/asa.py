@@ -296,7 +296,9 @@ class SubspaceAllocator:
 
         before = self._trained()
         after = before.clone()
-        scopes = torch.arange(len(scores)).split(self._sizes) if config.asa_scope == "layer" else [slice(None)]
+        scopes = (
+            torch.arange(len(scores), device="cpu").split(self._sizes) if config.asa_scope == "layer" else [slice(None)]
+        )
         budgets = []
         for scope in scopes:
             candidates = before[scope]

@@ -79,8 +79,9 @@ def decompose(weight: Tensor, bias: Tensor | None, config: AdaMSSConfig, *, name
     C = torch.zeros(layout.num_rows, layout.r_max, dtype=param_dtype, device=weight.device)
     if config.init_weights is None:
         generator = torch.Generator().manual_seed(config.random_seed)
-        noise = torch.randn(C.shape, generator=generator, dtype=torch.float32) * 0.01
-        structural = torch.arange(layout.r_max) >= torch.tensor(ranks)[row_subspace.cpu().long()][:, None]
+        noise = torch.randn(C.shape, generator=generator, dtype=torch.float32, device="cpu") * 0.01
+        columns, ranks_of_rows = torch.arange(layout.r_max, device="cpu"), torch.tensor(ranks, device="cpu")
+        structural = columns >= ranks_of_rows[row_subspace.cpu().long()][:, None]
         C.copy_(noise.masked_fill(structural, 0.0))
 
     basis = A if bias is None else A[:, :-1]

@@ -194,7 +194,10 @@ def import_peft(model: nn.Module, directory: str | os.PathLike[str], *, progress
     if not names:
         raise ValueError(f"{path}: has no tensor '{_PREFIX}<layer>.adamss_newB'")
     fields = {name: header[name] for name in _SHARED_FIELDS if header.get(name) is not None}
-    config = AdaMSSConfig(**fields, target_modules=names, modules_to_save=header.get("modules_to_save") or None)
+    # With a `task_type` PEFT lists heads that only some models have ("classifier", "score"), and saves what is there.
+    present = [f".{name}." for name in (*(name for name, _ in model.named_modules()), *checkpoint.tensors)]
+    heads = [name for name in header.get("modules_to_save") or () if any(f".{name}." in place for place in present)]
+    config = AdaMSSConfig(**fields, target_modules=names, modules_to_save=heads or None)
 
     layers: dict[str, FusedAdaMSSLinear] = {}
     with tqdm(names, desc="PEFT rows", unit="layer", disable=not progress) as bar:

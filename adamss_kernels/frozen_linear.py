@@ -51,12 +51,6 @@ class FrozenLinear(nn.Module):
         """Return the update of the bias: (N,), dtype as `delta_weight`; None where the bias is left alone."""
         return None
 
-    def _tensors(self) -> dict[str, Any]:
-        """Return the parameters by name; `DataParallel` makes them plain attributes of its copies."""
-        own = self.__dict__
-        parameters: dict[str, Any] = own if "_is_replica" in own else own["_parameters"]
-        return parameters
-
     def freeze_base(self) -> None:
         """Stop W and bias from training."""
         self.weight.requires_grad_(False)

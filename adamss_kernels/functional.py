@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from .config import SAVE_FOR_BACKWARD
@@ -110,6 +114,8 @@ def apply(
         else:
             y = _BareLinear.apply(x, weight, bias, B, C)
     elif contributes:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(x, weight, bias, B, C)
         y, _, _ = linear_forward(*operands, False, False, backend)
     else:
         y = F.linear(x, weight, bias)
@@ -121,9 +127,13 @@ def as_linear_takes_them(x: Tensor, weight: Tensor, bias: Tensor | None) -> tupl
     """Return the operands of a frozen layer with the dtypes that `F.linear` computes in, autocast's where it is on.
 
     Raises:
-        TypeError: The dtypes do not agree.
+        TypeError: The dtypes do not agree, or x is a nested tensor.
         ValueError: The last dimension of x is not the layer's D.
     """
+    if x.is_nested:
+        raise TypeError(
+            "x: expected a tensor (..., D), got a nested one; pass its parts, or x.values() of a jagged one"
+        )
     device_type = x.device.type
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
@@ -138,6 +148,41 @@ def as_linear_takes_them(x: Tensor, weight: Tensor, bias: Tensor | None) -> tupl
     if x.dim() == 0 or x.shape[-1] != D:
         raise ValueError(f"x: expected shape (..., {D}), got {tuple(x.shape)}")
     return x, weight, bias
+
+
+def _refuse_tangents(*operands: Tensor | None) -> None:
+    """Raise where forward-mode differentiation would see zeros: the operators have no node in its graph."""
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in operands):
+        raise NotImplementedError("adamss_linear has no forward-mode derivative; merged layers have one")
+
+
+def first_order(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """Make `backward(ctx, dy, saved)` one of an autograd function, whose gradients cannot be differentiated again.
+
+    Differentiating them raises, in whatever they depend on. With `torch.autograd.function.once_differentiable` it
+    raises only if dy requires grad and the error lies on the way of the derivative, which else is silently zero.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        with torch.no_grad():
+            gradients = backward(ctx, dy, saved)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return gradients
+        return _Gradients.apply(len(gradients), *gradients, dy, *saved)
+
+    return wrapper
+
+
+class _Gradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, count, *tensors):
+        return tensors[:count]
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("trying to differentiate twice through an adapted layer, whose gradients are first order")
 
 
 class _AdaMSSLinear(torch.autograd.Function):
@@ -172,10 +217,10 @@ class _AdaMSSLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
+    @first_order
+    def backward(ctx, dy, saved):
         need_dx, need_dweight, need_dbias, _, _, need_dB, need_dC, *_ = ctx.needs_input_grad
-        saved, learns = ctx.saved_tensors, ctx.learns
+        learns = ctx.learns
         needs = [need_dx, need_dweight, need_dbias, need_dB and learns, need_dC and learns]
         dx, dweight, dbias, dB, dC = linear_backward(dy, *saved, needs, ctx.backend)
         if not learns:
@@ -204,9 +249,9 @@ class _BareLinear(torch.autograd.Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, weight, B, C = ctx.saved_tensors
+    @first_order
+    def backward(ctx, dy, saved):
+        x, weight, B, C = saved
         need_dx, need_dweight, need_dbias, *_ = ctx.needs_input_grad
         dx = dy @ weight if need_dx else None
         dweight = dy.T @ x if need_dweight else None

@@ -62,10 +62,10 @@ def build_banks(layers: Mapping[str, FusedAdaMSSLinear], betas: tuple[float, flo
     parts: list[Part] = []
     first = 0
     for name, layer in layers.items():
-        ranks = torch.tensor(layer.layout.ranks)
+        ranks = torch.tensor(layer.layout.ranks, device="cpu")
         row_subspace = layer.row_subspace.cpu().long()
-        sizes = torch.tensor(layer.layout.sizes)
-        of_B = torch.repeat_interleave(torch.arange(len(ranks)), ranks)
+        sizes = torch.tensor(layer.layout.sizes, device="cpu")
+        of_B = torch.repeat_interleave(torch.arange(len(ranks), device="cpu"), ranks)
         for which, owner, elements in (
             ("B", of_B, ranks * layer.basis.shape[0]),
             ("C", row_subspace, ranks * sizes),
@@ -354,7 +354,7 @@ class ImportanceBank:
             weights = [weight for stack in self.stacks for weight in stack.parameters()]
             total = native.measure_importance(weights, [w.grad for w in weights], self._sizes, self._measured)
             if total is not None:
-                return torch.tensor(total, dtype=torch.float64)
+                return torch.tensor(total, dtype=torch.float64, device="cpu")
         for stack in self.stacks:
             stack.gather()
         sums = [measured.mul_(grad).abs_().sum() for _, _, measured, grad in self._blocks]

@@ -87,7 +87,7 @@ class SubspaceLayout:
 
     def num_parameters(self, R: int) -> int:
         """Trainable parameters over a basis of rank R: sum_k r_k (R + n_k), structural zeros not counted."""
-        ranks = torch.tensor(self.ranks)
+        ranks = torch.tensor(self.ranks, device="cpu")
         return self.rho * R + int(ranks[self.row_subspace.cpu().long()].sum())
 
     def rows(self, k: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -99,16 +100,20 @@ class FusedAdaMSSLinear(FrozenLinear):
         if self.merged:
             return F.linear(x, self.weight, self.bias)
         # The layer's own tensors fit one another; `nn.Module.__getattr__` would cost a small layer a percent.
-        parameters = self._tensors()
+        own: dict[str, Any] = self._parameters
         buffers: dict[str, Any] = self._buffers
+        try:
+            weight, bias, B, C = own["weight"], own["bias"], own["B"], own["C"]
+        except KeyError:  # `DataParallel`, pruning and parametrisations make them plain attributes
+            weight, bias, B, C = self.weight, self.bias, self.B, self.C
         return apply(
             x,
-            parameters["weight"],
-            parameters.get("bias"),
+            weight,
+            bias,
             buffers["basis"],
             buffers["basis_bias"],
-            parameters["B"],
-            parameters["C"],
+            B,
+            C,
             buffers["row_subspace"],
             buffers["offsets"],
             buffers["active"],
@@ -150,6 +155,11 @@ class FusedAdaMSSLinear(FrozenLinear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedAdaMSSLinear:
         super()._apply(fn, recurse)
+        if self.row_subspace is not self._layout.row_subspace and not self.row_subspace.is_meta:
+            # Kernels index by them, and after `to_empty` they hold garbage until a state dict is loaded.
+            self.row_subspace.clamp_(0, self._layout.num_subspaces - 1)
+            starts = [0, *itertools.accumulate(self._layout.ranks)]
+            self.offsets = torch.tensor(starts, dtype=torch.int32, device=self.row_subspace.device)
         # The buffers have been moved or replaced.
         self._layout = self._layout.with_tensors(self.row_subspace, self.offsets)
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -31,9 +32,13 @@ def inject_adamss(model: nn.Module, config: AdaMSSConfig, *, progress: bool = Tr
         `model` itself.
 
     Raises:
-        ValueError: A pattern matches nothing, or `model` is itself the linear layer or wrapped in DDP.
+        ValueError: A pattern matches nothing, or `model` is itself the linear layer, has adapters of PEFT, or is
+            wrapped in DDP.
         TypeError: A target is not exactly an `nn.Linear` (but a subclass, a `Conv1D`, a quantised layer), so that its
             forward cannot be replaced safely, or its weight is quantised or sharded. The message names it.
+
+    Warns:
+        UserWarning: Without `target_modules`, such layers are passed over; the message says how many of which class.
     """
     require_config(config)
 
@@ -61,6 +66,12 @@ def replace_targets(
 
     if isinstance(model, nn.Linear):
         raise ValueError("model: is itself an nn.Linear, which cannot be replaced in place; use from_linear")
+    for name, module in model.named_modules():
+        if hasattr(module, "base_layer") and hasattr(module, "active_adapters"):
+            raise ValueError(
+                f"model: {name!r} has an adapter of PEFT, which would be frozen; merge it first, or, if it is PEFT's "
+                "AdaMSS, let it be and call apply_adamss_kernels"
+            )
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError("model: is wrapped in DDP, which would not see new parameters; adapt it before wrapping it")
     modules_to_save(model, choice.modules_to_save or ())
@@ -201,11 +212,16 @@ def _targets(model: nn.Module, config: AdaMSSConfig) -> dict[str, nn.Linear]:
     """Return the linear layers to replace under every name they are registered by."""
     excluded = [re.compile(rf"(^|.*\.){re.escape(name)}($|\..*)") for name in config.modules_to_save or ()]
     targets: dict[str, nn.Linear] = {}
+    passed_over: dict[str, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if not name or any(pattern.match(name) for pattern in excluded):
             continue
         if config.target_modules is None:
             if type(module) is not nn.Linear:
+                kind = type(module).__name__
+                is_leaf = next(module.children(), None) is None
+                if is_leaf and ("Linear" in kind or kind == "Conv1D") and not isinstance(module, FrozenLinear):
+                    passed_over[name] = kind
                 continue
         elif not _matches(name, config):
             continue
@@ -219,6 +235,13 @@ def _targets(model: nn.Module, config: AdaMSSConfig) -> dict[str, nn.Linear]:
         raise ValueError(
             f"target_modules={config.target_modules!r} (layers_to_transform={config.layers_to_transform!r}) matches "
             f"no linear layer{kind}; names of linear layers in this model end in {candidates}"
+        )
+    if passed_over:
+        kinds = ", ".join(sorted(set(passed_over.values())))
+        warnings.warn(
+            f"target_modules=None passes over {len(passed_over)} layers that are no torch.nn.Linear itself ({kinds}), "
+            f"such as {min(passed_over)!r}; {len(targets)} are adapted",
+            stacklevel=4,
         )
     return targets
 

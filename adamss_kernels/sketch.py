@@ -21,7 +21,7 @@ def sketch(matrix: Tensor) -> Tensor:
     """
     N, D = matrix.shape
     left, right = _signs(N, 1), _signs(D, 2)
-    total = torch.zeros(_SIZE, _SIZE, dtype=torch.float64)
+    total = torch.zeros(_SIZE, _SIZE, dtype=torch.float64, device="cpu")
     # A block of rows at a time: a float64 copy of a large weight would be four times its size.
     for start in range(0, N, 1024):
         rows = matrix.detach()[start : start + 1024].to("cpu", torch.float64)

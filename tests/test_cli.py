@@ -98,3 +98,29 @@ def test_the_digits_are_split_without_overlap():
     assert split.train_x.shape[1:] == (8, 8)
     assert set(split.train_y.tolist()) == set(range(5)) == set(split.test_y.tolist())
     assert len(split.train_y) + len(split.test_y) == 896
+
+
+def test_what_a_stopped_benchmark_has_measured_is_kept_beside_what_was_complete(tmp_path, monkeypatch, capsys):
+    from adamss_kernels.cli.bench import command, results
+
+    def measure(case, providers, settings):
+        yield {"suite": "init", "case": case, "provider": "first", "parameters": 1}
+        raise KeyboardInterrupt
+
+    results.write(tmp_path / "cpu-init.jsonl", {"is": "complete"}, [])
+    monkeypatch.setattr(command.init, "measure", measure)
+    assert main(["bench", "init", "--out", str(tmp_path)]) == 130
+    _, rows = results.read(tmp_path / "cpu-init.jsonl.partial")
+    assert [row["provider"] for row in rows] == ["first"]
+    assert results.read(tmp_path) == ({"is": "complete"}, [])
+    said = capsys.readouterr()
+    assert "cpu-init.jsonl.partial" in said.out
+    assert said.err.endswith("bench: interrupted\n")
+
+
+def test_the_commands_need_no_docstrings(monkeypatch, capsys):
+    # `python -OO` and PYTHONOPTIMIZE=2 leave them out.
+    monkeypatch.setattr("adamss_kernels.cli.info.__doc__", None)
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    assert "build-cuda" in capsys.readouterr().out

@@ -187,3 +187,15 @@ def test_a_merged_head_is_not_tied_to_the_embedding_again(tmp_path):
     merged = transformers.GPT2LMHeadModel.from_pretrained(out).eval()
     assert (logits(merged) - logits(model)).abs().max() <= TOLERANCE
     assert (logits(merged) - logits(transformers.GPT2LMHeadModel.from_pretrained(folder).eval())).abs().max() > 0.01
+
+
+def test_a_checkpoint_of_a_peft_classifier_converts_though_peft_lists_heads_that_the_model_lacks(base, tmp_path):
+    # With task_type="SEQ_CLS" PEFT lists both "classifier" and "score", whatever the model has.
+    options = {"r": 8, "num_subspaces": 3, "target_modules": ["query", "value"], "task_type": "SEQ_CLS"}
+    theirs = peft.get_peft_model(load(base), peft.AdamssConfig(**options))
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.3)
+    theirs.save_pretrained(tmp_path / "peft")
+    assert convert(base, tmp_path / "peft", "merged", tmp_path / "merged") == 0
+    assert (logits(load(tmp_path / "merged")) - logits(theirs.eval())).abs().max() <= TOLERANCE

@@ -265,8 +265,45 @@ def test_double_backward_is_refused_rather_than_wrong():
     layer = make_layer()
     x = torch.randn(5, 24, requires_grad=True)
     (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable|twice"):
+    with pytest.raises(RuntimeError, match="twice"):
         dx.sum().backward()
+    # On the path of a derivative, not only beside it.
+    with pytest.raises(RuntimeError, match="twice"):
+        torch.autograd.grad(dx.sum(), x, allow_unused=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        torch.autograd.functional.hessian(lambda x: layer(x).square().sum(), x)
+    # dy depends on nothing here, but dx does, on B and C.
+    (dx,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        (layer(x).sum() + dx.square().sum()).backward()
+    layer.active[:] = False
+    layer.summarize_masks()
+    (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        torch.autograd.grad(dx.sum(), x, allow_unused=True)
+
+
+def test_gradients_of_a_graph_that_is_kept_are_those_of_one_that_is_not():
+    layer = make_layer()
+    x = torch.randn(5, 24, requires_grad=True)
+    inputs = (x, layer.B, layer.C)
+    once = torch.autograd.grad(layer(x).square().sum(), inputs)
+    kept = torch.autograd.grad(layer(x).square().sum(), inputs, create_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(once, kept, strict=True))
+
+
+def test_a_forward_mode_derivative_is_refused_rather_than_zero():
+    layer = make_layer().requires_grad_(False)
+    x = torch.randn(5, 24)
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(layer, (x,), (x,))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            layer(dual)
+        assert layer(x).shape == (5, 20), "without a tangent nothing is lost"
+        layer.merge()
+        assert torch.equal(torch.autograd.forward_ad.unpack_dual(layer(dual)).tangent, x @ layer.weight.T)
 
 
 def saved_bytes(layer: FusedAdaMSSLinear, x: torch.Tensor) -> tuple[int, bool]:

@@ -107,7 +107,17 @@ def test_a_target_that_is_no_plain_linear_is_refused_by_name():
     with pytest.raises(TypeError, match=r"'query' is a .*ModuleDict"):
         inject_adamss(model, config(target_modules=["query"]), progress=False)
     # Without a pattern such a module is passed over: its owner reads the weight and never calls it.
-    assert adapted(inject_adamss(model, config(), progress=False)) == {"query.a"}
+    with pytest.warns(UserWarning, match=r"passes over 1 layers .*\(NonDyn.*\), such as 'attention.out_proj'; 1 are"):
+        assert adapted(inject_adamss(model, config(), progress=False)) == {"query.a"}
+
+
+def test_a_model_with_adapters_of_peft_is_left_alone():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(Model(), peft.LoraConfig(target_modules=["query"]))
+    with pytest.raises(ValueError, match=r"query' has an adapter of PEFT, which would be frozen"):
+        inject_adamss(model, config(), progress=False)
+    assert not adapted(model)
+    inject_adamss(model.merge_and_unload(), config(), progress=False)
 
 
 def test_a_conv1d_is_refused_by_name():

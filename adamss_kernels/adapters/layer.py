@@ -74,8 +74,7 @@ class AdapterLinear(FrozenLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., D) to y (..., N), of the dtype that `torch.nn.functional.linear` would return."""
-        parameters = self._tensors()
-        weight, bias = parameters["weight"], parameters.get("bias")
+        weight, bias = self.weight, self.bias
         if self.merged:
             return F.linear(x, weight, bias)
         x, weight, bias = as_linear_takes_them(x, weight, bias)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..functional import apply
+from ..functional import apply, first_order
 from .layer import AdapterLinear, without_autocast
 
 _KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -54,9 +54,15 @@ class LowRankLinear(AdapterLinear):
             y = _LowRank.apply(x, weight, bias, U, V)
         return y
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRankLinear:
+        super()._apply(fn, recurse)
+        # Kernels index by the row map, and `to_empty` leaves garbage in it.
+        self.bind_subspace(self._rank)
+        return self
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        # Rebuilt rather than kept: after `to_empty` the buffers hold garbage.
+        # The weight may be another one, on another device.
         self.bind_subspace(self._rank)
 
 
@@ -73,9 +79,9 @@ class _LowRank(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, S, weight, U, V = ctx.saved_tensors
+    @first_order
+    def backward(ctx: Any, dy: Tensor, saved: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+        x, S, weight, U, V = saved
         need_dx, need_dweight, need_dbias, need_dU, need_dV = ctx.needs_input_grad
         dx = dweight = dbias = dU = dV = None
         with without_autocast(dy):

@@ -51,7 +51,7 @@ class RandLoRALinear(TiledLinear):
         for name, shape in (("basis_a", (count, large, rank)), ("basis_b", (rank, small))):
             basis = self.zeros(*shape)
             if not basis.is_meta:
-                draw = torch.empty(shape, dtype=torch.float64).uniform_(-1, 1, generator=generator)
+                draw = torch.empty(shape, dtype=torch.float64, device="cpu").uniform_(-1, 1, generator=generator)
                 basis.copy_(draw / draw.std(correction=0))
             self.register_buffer(name, basis)
         self.A = nn.Parameter(self.zeros(count, rank) + 1 / count)

@@ -10,8 +10,8 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..functional import first_order
 from .layer import AdapterLinear, without_autocast
 
 TILE = 256
@@ -105,9 +105,9 @@ class _TiledLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, *tensors = ctx.saved_tensors
+    @first_order
+    def backward(ctx: Any, dy: Tensor, saved: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+        x, weight, *tensors = saved
         need_dx, need_dweight, need_dbias, _, *needs = ctx.needs_input_grad
         update: TiledUpdate = ctx.update
         with without_autocast(dy):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import sys
 from collections.abc import Sequence
 
 # Each command is a module with `add_arguments(parser)` and `run(args) -> int`; its docstring is its help.
@@ -17,11 +18,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
         module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
-        text = (module.__doc__ or "").strip()
-        command = commands.add_parser(name, help=text.splitlines()[0], description=text)
+        text = (module.__doc__ or "").strip()  # empty under `python -OO`
+        command = commands.add_parser(name, help=text.partition("\n")[0], description=text)
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.INFO)
-    status: int = args.run(args)
+    try:
+        status: int = args.run(args)
+    except KeyboardInterrupt:
+        print(f"adamss-kernels {args.command}: interrupted", file=sys.stderr)
+        return 130
     return status

@@ -149,7 +149,7 @@ class FusedAdamssLinear(PeftLinear):
 
     def index_adapter(self, adapter: str) -> None:
         """Make the `PackedIndex` of `adapter` from PEFT's row assignment and the parameters as they are now."""
-        row_subspace = torch.empty(self.out_features, dtype=torch.int32)
+        row_subspace = torch.empty(self.out_features, dtype=torch.int32, device="cpu")
         for k, owned in enumerate(_segments(self, adapter)):
             row_subspace[owned.cpu()] = k
         base = self.get_base_layer()

@@ -123,7 +123,7 @@ class AdapterAllocation:
         }
         # Rows get their subspaces and weights at events only, where PEFT's lists are the source.
         most = max(matrix.member.parameter.shape[0] for matrix in chosen.values())
-        none, nothing = torch.zeros(most, dtype=torch.int64), torch.zeros(most)
+        none, nothing = torch.zeros(most, dtype=torch.int64, device="cpu"), torch.zeros(most, device="cpu")
         parts = []
         for matrix in chosen.values():
             count = matrix.member.parameter.shape[0]
@@ -156,7 +156,9 @@ class AdapterAllocation:
             for of_A, unc_A, of_B, unc_B in zip(*(lists[self._adapter] for lists in averages), strict=True):
                 ranked.append(of_A is not None and of_B is not None)
                 scores.append((of_A * unc_A).mean() + (of_B * unc_B).mean() if ranked[-1] else zero)
-        return torch.stack([score.to(zero.device, torch.float32) for score in scores]).cpu(), torch.tensor(ranked)
+        return torch.stack([score.to(zero.device, torch.float32) for score in scores]).cpu(), torch.tensor(
+            ranked, device="cpu"
+        )
 
     def _allocate(self, step: int, peft_budget: int | None) -> None:
         """Hold the event at `step`: rank the subspaces and freeze those beyond the budget."""
@@ -167,7 +169,7 @@ class AdapterAllocation:
             for k, (A, B) in enumerate(zip(*lists, strict=True))
         ]
         self._require_finite(step, scores, pairs)
-        trained = torch.tensor([A.requires_grad or B.requires_grad for _, _, A, B in pairs])
+        trained = torch.tensor([A.requires_grad or B.requires_grad for _, _, A, B in pairs], device="cpu")
         exact = peft_budget is None
         budget = scheduled_budget(step, len(pairs), self._config) if peft_budget is None else peft_budget
         candidates = trained if exact else ranked

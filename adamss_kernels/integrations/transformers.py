@@ -239,7 +239,9 @@ class _PeftModel:
                     if average is not None:
                         tensors[f"{name}/{kind}/{k}"] = average
             pairs = zip(module.adamss_A[adapter], module.adamss_B[adapter], strict=True)
-            tensors[f"{name}/trainable"] = torch.tensor([[A.requires_grad, B.requires_grad] for A, B in pairs])
+            tensors[f"{name}/trainable"] = torch.tensor(
+                [[A.requires_grad, B.requires_grad] for A, B in pairs], device="cpu"
+            )
         return tensors, {}
 
     def load(self, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:

@@ -73,13 +73,24 @@ def run(args: argparse.Namespace) -> int:
         for suite in suites:
             start = time.monotonic()
             environment = results.environment(device) | {"keeps_freed_memory": keeps_memory}
-            rows = list(_printed(_rows(suite, args, device)))
+            file = args.out / f"{results.machine(device)}-{suite}.jsonl" if args.out else None
+            rows: list[Row] = []
+            try:
+                for row in _printed(_rows(suite, args, device)):
+                    rows.append(row)
+            except KeyboardInterrupt:
+                if file is not None and rows:
+                    # Beside an earlier complete result, and not read with it.
+                    partial = file.with_suffix(".jsonl.partial")
+                    results.write(partial, environment, rows)
+                    print(f"\nwhat was measured of {suite}: {partial}")
+                raise
             everything += rows
             print(f"{suite}: {time.monotonic() - start:.0f} s\n", flush=True)
             if device.type == "cuda":
                 environment["gpu_state_after"] = results.gpu_state()
-            if args.out:
-                results.write(args.out / f"{results.machine(device)}-{suite}.jsonl", environment, rows)
+            if file is not None:
+                results.write(file, environment, rows)
     for fit in scaling.exponents(everything):
         print(f"{_exponent_text(fit)}")
     if args.plots:
