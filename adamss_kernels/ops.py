@@ -102,7 +102,13 @@ def _linear_backward(dy, *args):
     return backward(dy, *args[:-1])
 
 
-_library.impl("linear_forward", _linear_forward, "CompositeExplicitAutograd")
+def _dispatched_forward(x, weight, bias, basis, basis_bias, B, *args):
+    # Not as a parameter, or `frozen.py` would keep what follows from it: a CUDA graph that torch.compile recorded would
+    # go on reading that after B has changed.
+    return _linear_forward(x, weight, bias, basis, basis_bias, B.detach(), *args)
+
+
+_library.impl("linear_forward", _dispatched_forward, "CompositeExplicitAutograd")
 _library.impl("linear_backward", _linear_backward, "CompositeExplicitAutograd")
 
 
