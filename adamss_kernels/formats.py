@@ -63,8 +63,8 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str], *, progress
     Raises:
         ValueError: `model` has no AdaMSS layer or one of another method besides, or PEFT could not load the checkpoint
             with equal outputs: a row assignment that it would not rebuild from this base weight, a layer registered
-            under two names, layers made with different configs, or a name in `modules_to_save` that means more modules
-            there. Nothing is written.
+            under two names, layers made with different configs, or names in `modules_to_save` that mean more modules
+            there, or of which one module holds another. Nothing is written.
     """
     from tqdm.auto import tqdm
 
@@ -324,6 +324,12 @@ def _peft_modules_to_save(root: nn.Module, saved: list[str]) -> list[str] | None
     """Return names that PEFT, which compares the ends of names letter by letter, takes for exactly `saved`."""
     if not saved:
         return None
+    for inner in saved:
+        for outer in saved:
+            if inner.startswith(outer + "."):
+                raise ValueError(
+                    f"modules_to_save: PEFT cannot load {inner!r}, which {outer!r} holds; name one of them"
+                )
     everything = [name for name, _ in root.named_modules(remove_duplicate=False)]
     for names in (names_to_save(root), saved):
         if {n for n in everything if any(n.endswith(name) for name in names)} == set(saved):

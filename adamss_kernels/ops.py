@@ -103,8 +103,8 @@ def _linear_backward(dy, *args):
 
 
 def _dispatched_forward(x, weight, bias, basis, basis_bias, B, *args):
-    # Not as a parameter, or `frozen.py` would keep what follows from it: a CUDA graph that torch.compile recorded would
-    # go on reading that after B has changed.
+    # Not as a parameter, or `frozen_projection.py` would keep what follows from it: a CUDA graph that torch.compile
+    # recorded would go on reading that after B has changed.
     return _linear_forward(x, weight, bias, basis, basis_bias, B.detach() if B.is_cuda else B, *args)
 
 

@@ -233,6 +233,15 @@ def test_frozen_subspaces_are_exported_and_said_to_be_forgotten_by_peft(tmp_path
     assert_stock_peft_gives_the_same(model, tmp_path)
 
 
+def test_modules_to_save_inside_one_another_are_refused_for_peft_which_cannot_load_them(tmp_path):
+    model = nn.ModuleDict({"body": base(), "tail": nn.Sequential(nn.Linear(4, 4))})
+    config = dataclasses.replace(CONFIG, modules_to_save=["tail", "tail.0"])
+    inject_adamss(model, config, progress=False)
+    with pytest.raises(ValueError, match=r"modules_to_save: PEFT cannot load 'tail\.0', which 'tail' holds"):
+        export_peft(model, tmp_path, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_interrupted_export_leaves_nothing_that_peft_would_load(tmp_path, monkeypatch):
     export_lora(trained(), tmp_path)
     monkeypatch.setattr("safetensors.torch.save_file", lambda *args, **kwargs: 1 / 0)

@@ -95,9 +95,3 @@ torch.cuda.is_available = torch.cuda.device_count = torch.cuda.init = refuse
 import adamss_kernels
 """
     )
-
-
-def test_importing_the_package_adds_under_a_fifth_of_a_second():
-    # The promise of the README; counted as CPU time, the best of three, so that a busy machine does not matter.
-    code = "import torch, time; t = time.process_time(); import adamss_kernels; print(time.process_time() - t)"
-    assert min(float(run(code)) for _ in range(3)) < 0.2

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..frozen import frozen_projection
+from ..frozen_projection import frozen_projection
 from .cuda_library import (
     DeltaBwdArgs,
     DeltaFwdArgs,
@@ -72,9 +72,9 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `reference.forward`."""
     (M, N), acc = (x.shape[0], weight.shape[0]), _accumulation_dtype(x.dtype)
-    S, P = x.new_empty((M, B.shape[0]) if keep_S else 0, dtype=acc), x.new_empty((M, basis.shape[0]) if keep_P else 0)
+    P = x.new_empty((M, basis.shape[0]) if keep_P else 0)
     if M == 0:
-        return x.new_empty(0, N), S, P
+        return x.new_empty(0, N), x.new_empty((0, B.shape[0]) if keep_S else 0, dtype=acc), P
     with _current(x.device):
         if keep_P:
             At = basis.to(x.dtype).t()
@@ -83,9 +83,9 @@ def forward(
         else:
             project = input_projection if keep_S else functools.partial(frozen_projection, input_projection)
             Q, q = project(basis, basis_bias, B, offsets, active, x.dtype)
-        update = _product(P if keep_P else x, Q.t(), acc)
+        S = _product(P if keep_P else x, Q.t(), acc)
         if q is not None:
-            update += q
+            S += q
         y = F.linear(x, weight, bias)
         C, active = _dense(C, acc), _dense(active, torch.bool)
         load().delta_fwd(
@@ -98,12 +98,12 @@ def forward(
                 C.shape[1],
                 y.data_ptr(),
                 y.stride(0),
-                update.data_ptr(),
+                S.data_ptr(),
                 C.data_ptr(),
                 _layout(row_subspace, offsets, active, None),
             )
         )
-    return y, update if keep_S else S, P
+    return y, S if keep_S else x.new_empty(0, dtype=acc), P
 
 
 def backward(

@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..frozen import frozen_projection
+from ..frozen_projection import frozen_projection
 from . import tuning
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)

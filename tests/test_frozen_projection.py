@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from adamss_kernels import frozen
+from adamss_kernels.frozen_projection import _projections, frozen_projection
 
 
 class Stream:
@@ -47,25 +47,25 @@ def test_what_is_kept_lies_outside_the_memory_of_cuda_graphs(cuda):
 
     B, basis = nn.Parameter(torch.randn(3, 4), requires_grad=False), torch.randn(4, 5)
     with torch.inference_mode():
-        Q, _ = frozen.frozen_projection(project, basis, None, B, None, None, torch.float32)
-        again, _ = frozen.frozen_projection(project, basis, None, B, None, None, torch.float32)
+        Q, _ = frozen_projection(project, basis, None, B, None, None, torch.float32)
+        again, _ = frozen_projection(project, basis, None, B, None, None, torch.float32)
     assert again is Q
     ((thread, inference),) = seen
     assert thread != threading.get_ident()
     assert not inference
     cuda.is_capturing = True
-    assert frozen.frozen_projection(project, basis, None, B, None, None, torch.float32)[0] is Q
+    assert frozen_projection(project, basis, None, B, None, None, torch.float32)[0] is Q
     B.mul_(2)
-    anew, _ = frozen.frozen_projection(project, basis, None, B, None, None, torch.float32)
+    anew, _ = frozen_projection(project, basis, None, B, None, None, torch.float32)
     assert seen[1][0] == threading.get_ident()
-    assert frozen._projections[B].Q is Q is not anew
+    assert _projections[B].Q is Q is not anew
 
 
 def test_another_stream_waits_until_it_has_been_computed(cuda):
     B, basis = nn.Parameter(torch.randn(3, 4), requires_grad=False), torch.randn(4, 5)
 
     def call():
-        frozen.frozen_projection(lambda *_: (B @ basis, None), basis, None, B, None, None, torch.float32)
+        frozen_projection(lambda *_: (B @ basis, None), basis, None, B, None, None, torch.float32)
 
     first, second = cuda.stream, Stream()
     call()
@@ -91,6 +91,6 @@ def test_what_is_packed_for_one_call_is_projected_in_place(cuda):
     with torch.no_grad():
         B = torch.cat(parts)
         for _ in range(2):
-            frozen.frozen_projection(project, basis, None, B, None, None, torch.float32)
+            frozen_projection(project, basis, None, B, None, None, torch.float32)
     assert threads == [threading.get_ident()] * 2
-    assert B not in frozen._projections
+    assert B not in _projections
