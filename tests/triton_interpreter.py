@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from triton.runtime.interpreter import InterpretedFunction
 
 import adamss_kernels.triton as backend
-from adamss_kernels import adamss_linear, available_backends, frozen, ops
+from adamss_kernels import adamss_linear, available_backends, frozen_projection, ops
 from adamss_kernels.layout import block_diagonal, column_mask
 from adamss_kernels.triton import kernels, kernels_backward, launch, tuning
 
@@ -279,13 +279,13 @@ def test_frozen_B_is_projected_once_per_version(monkeypatch):
     problem.B.requires_grad_(True)
     check(6)
     check(7)
-    held = frozen._projections[problem.B].Q
+    held = frozen_projection._projections[problem.B].Q
     problem.B.requires_grad_(False).add_(1)
     check(8)
     # A CUDA graph has the address.
-    assert frozen._projections[problem.B].Q is held
+    assert frozen_projection._projections[problem.B].Q is held
     del problem.B, held
-    assert len(frozen._projections) == 0
+    assert len(frozen_projection._projections) == 0
 
 
 def test_frozen_B_projected_in_inference_mode_can_change_outside():
