@@ -304,22 +304,22 @@ adamss_status backward_bfloat16(const adamss_backward_args& args) {
         }
         // Of RHO sums for each row of C, r_k are wanted.
         if (args.dC)
-            for_learning(l, columns, [&](int64_t p, int64_t j, int64_t i) {
+            for_learning(l, columns, [&](int64_t i, int64_t j, int64_t p) {
                 dC[i * args.r_max + j] = *Outer::from(sums_dC.data(), learning, p, i);
             });
     });
     add_shares(partial, shares.count, size);
-    const float *const sums_dQ = partial.data(), *const sums_dC = sums_dQ + size_dQ;
+    const float *const total_dQ = partial.data(), *const total_dC = total_dQ + size_dQ;
     if (args.dB) {
         Buffer<float> dQ(learning * width, UNINITIALISED);
         for (int64_t p = 0; p < learning; ++p)
             for (int64_t d = 0; d < width; d += ROWS)
-                std::memcpy(dQ.data() + p * width + d, Outer::from(sums_dQ, learning, p, d),
+                std::memcpy(dQ.data() + p * width + d, Outer::from(total_dQ, learning, p, d),
                             smaller(ROWS, width - d) * sizeof(float));
-        write_dB(args, columns, dQ.data(), width, sums_dC + size_dC);
+        write_dB(args, columns, dQ.data(), width, total_dC + size_dC);
     }
     if (args.dC)
-        write_dC<float>(args, columns, [&](int64_t i, int64_t j) { return sums_dC[i * args.r_max + j]; });
+        write_dC<float>(args, columns, [&](int64_t i, int64_t j) { return total_dC[i * args.r_max + j]; });
     return ADAMSS_WHOLE;
 }
 

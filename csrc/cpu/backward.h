@@ -113,7 +113,7 @@ void write_dB(const adamss_backward_args& args, const Columns& columns, const T*
     std::memset(dB, 0, args.layout.offsets[args.layout.K] * args.R * sizeof(T));
     for (int64_t p = 0; p < learning && args.P; ++p)
         std::memcpy(dB + columns.column[p] * args.R, dQ + p * width, args.R * sizeof(T));
-    const int64_t rows = share_of(args.R, learning * args.D, TILE_P);
+    const int64_t rows = columns_per_block(args.R, learning * args.D, TILE_P);
     parallel_blocks(args.P ? 0 : (args.R + rows - 1) / rows, [&](int64_t block) {
         const int64_t begin = block * rows, end = smaller(args.R, begin + rows);
         const BasisRows<T> A(args.A, args.A_is_bfloat16, args.D, begin * args.D, end - begin, args.D);
@@ -135,13 +135,13 @@ void write_dB(const adamss_backward_args& args, const Columns& columns, const T*
     });
 }
 
-// f(p, j, i) for every C[i, j] that learns; its compact column is p.
+// f(i, j, p) for every C[i, j] that learns; its compact column is p.
 template <class F>
 void for_learning(const adamss_layout& l, const Columns& columns, const F& f) {
     for (int64_t i = 0; i < l.N; ++i) {
         const int32_t k = l.row_subspace[i];
         if (columns.start[k] < 0 || columns.start[k] >= columns.learning) continue;
-        for (int32_t j = 0; j < l.offsets[k + 1] - l.offsets[k]; ++j) f(columns.start[k] + j, j, i);
+        for (int32_t j = 0; j < l.offsets[k + 1] - l.offsets[k]; ++j) f(i, j, columns.start[k] + j);
     }
 }
 
@@ -150,7 +150,7 @@ template <class T, class F>
 void write_dC(const adamss_backward_args& args, const Columns& columns, const F& at) {
     T* const dC = static_cast<T*>(args.dC);
     std::memset(dC, 0, args.layout.N * args.r_max * sizeof(T));
-    for_learning(args.layout, columns, [&](int64_t, int64_t j, int64_t i) { dC[i * args.r_max + j] = at(i, j); });
+    for_learning(args.layout, columns, [&](int64_t i, int64_t j, int64_t) { dC[i * args.r_max + j] = at(i, j); });
 }
 
 // W' = W + C Q: N D r multiply-adds, where dS Q takes M D RHO and another pass over dx.

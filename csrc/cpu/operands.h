@@ -39,10 +39,9 @@ struct Columns {
 // Without rows or subspaces, for what is not wanted.
 inline adamss_layout no_rows(const adamss_layout& l) { return {0, 0, nullptr, l.offsets, nullptr, nullptr}; }
 
-// How many of `count` columns make a block: a few blocks for every thread where there is work enough, else one.
-inline int64_t share_of(int64_t count, int64_t work_per_column, int64_t multiple) {
-    constexpr int64_t SHARES = 16;
-    return round_up(count * work_per_column < WORTH_A_THREAD ? count : (count + SHARES - 1) / SHARES, multiple);
+// How many of `count` columns make a block: all where the work is not worth a thread, else a sixteenth of them.
+inline int64_t columns_per_block(int64_t count, int64_t work_per_column, int64_t multiple) {
+    return round_up(count * work_per_column < WORTH_A_THREAD ? count : (count + 15) / 16, multiple);
 }
 
 template <class F>
@@ -190,7 +189,7 @@ struct Projection {
             for (int64_t i = 0; a && i < R; ++i) q[p] += Q[p][i] * a[i];
             Q[p] = values.data() + p * stride;
         }
-        const int64_t span = share_of(D, rho * R, TILE_V * Vector<T>::width);
+        const int64_t span = columns_per_block(D, rho * R, TILE_V * Vector<T>::width);
         parallel_blocks((D + span - 1) / span, [&](int64_t block) {
             const int64_t d = block * span, width = smaller(span, D - d);
             const BasisRows<T> A_d(A, is_bfloat16, D, d, R, width);
