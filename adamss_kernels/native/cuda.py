@@ -7,13 +7,13 @@ over dy.
 from __future__ import annotations
 
 import functools
-from typing import overload
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..frozen_projection import frozen_projection
+from . import cuda_hopper
 from .cuda_library import (
     DeltaBwdArgs,
     DeltaFwdArgs,
@@ -24,10 +24,9 @@ from .cuda_library import (
     load,
     why_not_loaded,
 )
+from .cuda_operands import DTYPES, dense, layout_of, place, pointer
 
 __all__ = ["backward", "describe", "forward", "input_projection", "unavailable"]
-
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 def unavailable(device_type: str | None = None, dtype: torch.dtype | None = None) -> str | None:
@@ -37,7 +36,7 @@ def unavailable(device_type: str | None = None, dtype: torch.dtype | None = None
     """
     if device_type not in (None, "cuda") or torch.version.hip:
         return "it runs on NVIDIA GPUs only"
-    if dtype is not None and dtype not in _DTYPES:
+    if dtype is not None and dtype not in DTYPES:
         return "it takes float32, float64, bfloat16 and float16 only"
     if not torch.cuda.is_available():
         return "no CUDA device"
@@ -77,8 +76,12 @@ def forward(
         return x.new_empty(0, N), x.new_empty((0, B.shape[0]) if keep_S else 0, dtype=acc), P
     with _current(x.device):
         if keep_P:
-            At = basis.to(x.dtype).t()
-            P = torch.mm(x, At) if basis_bias is None else torch.addmm(basis_bias.to(x.dtype), x, At)
+            P = cuda_hopper.input_product(x, basis, basis_bias)
+        if cuda_hopper.takes(x, weight, B.shape[0], bias):
+            rows = (row_subspace, offsets, active)
+            y, S = cuda_hopper.forward(x, weight, bias, basis, basis_bias, B, C, *rows, keep_S)
+            return y, x.new_empty(0, dtype=acc) if S is None else S, P
+        if keep_P:
             Q, q = input_projection(None, None, B, offsets, active, x.dtype)
         else:
             project = input_projection if keep_S else functools.partial(frozen_projection, input_projection)
@@ -87,12 +90,12 @@ def forward(
         if q is not None:
             S += q
         y = F.linear(x, weight, bias)
-        C, active = _dense(C, acc), _dense(active, torch.bool)
+        C, active = dense(C, acc), dense(active, torch.bool)
         load().delta_fwd(
             # In the order of csrc/cuda/interface.h; keywords would take longer than a small layer's kernel.
             DeltaFwdArgs(
-                *_place(x),
-                _DTYPES[x.dtype],
+                *place(x),
+                DTYPES[x.dtype],
                 M,
                 B.shape[0],
                 C.shape[1],
@@ -100,7 +103,7 @@ def forward(
                 y.stride(0),
                 S.data_ptr(),
                 C.data_ptr(),
-                _layout(row_subspace, offsets, active, None),
+                layout_of(row_subspace, offsets, active, None),
             )
         )
     return y, S if keep_S else x.new_empty(0, dtype=acc), P
@@ -130,16 +133,21 @@ def backward(
         if M == 0:
             dx = dy.new_empty(0, weight.shape[1]) if need_dx else dx
             dB, dC = torch.zeros_like(B) if need_dB else dB, torch.zeros_like(C) if need_dC else dC
+        elif need_dx and cuda_hopper.takes(dy, weight, B.shape[0]) and (x is None or cuda_hopper.is_aligned(x)):
+            rows = (row_subspace, offsets, active, trainable)
+            operands = (dy, x, S, P, weight, basis, basis_bias, B, C, *rows)
+            dx, dB_, dC_ = cuda_hopper.backward(*operands, need_dB, need_dC)
+            dB, dC = dB if dB_ is None else dB_, dC if dC_ is None else dC_
         elif need_dx or need_dB or need_dC:
-            active, trainable = _dense(active, torch.bool), _dense(trainable, torch.bool)
-            layout = _layout(row_subspace, offsets, active, trainable)
-            dS, dC_ = _delta_bwd(dy, S, _dense(C, acc), B.shape[0], layout, need_dx or need_dB, need_dC)
+            active, trainable = dense(active, torch.bool), dense(trainable, torch.bool)
+            layout = layout_of(row_subspace, offsets, active, trainable)
+            dS, dC_ = _delta_bwd(dy, S, dense(C, acc), B.shape[0], layout, need_dx or need_dB, need_dC)
             dC = dC_.to(C.dtype) if need_dC else dC
             if need_dB:
                 grad = _grad_B(dS, x, P, basis, basis_bias, acc)
                 if trainable is not None:  # what is not active is zero in dS
                     load().mask_rows(
-                        MaskRowsArgs(*_place(dy), _DTYPES[acc], grad.shape[0], grad.shape[1], grad.data_ptr(), layout)
+                        MaskRowsArgs(*place(dy), DTYPES[acc], grad.shape[0], grad.shape[1], grad.data_ptr(), layout)
                     )
                 dB = grad.to(B.dtype)
             if need_dx:
@@ -163,7 +171,7 @@ def input_projection(
 ) -> tuple[Tensor, Tensor | None]:
     """Return Q = B A (RHO, D) in `dtype` and q = B a (RHO,), zero in the rows of pruned subspaces; Q = B without A."""
     acc = _accumulation_dtype(dtype)
-    B, active = _dense(B, acc), _dense(active, torch.bool)
+    B, active = dense(B, acc), dense(active, torch.bool)
     if basis is not None:
         basis = basis if basis.dtype in (dtype, acc) else basis.to(acc)
         basis_bias = None if basis_bias is None else basis_bias.to(basis.dtype)
@@ -172,20 +180,20 @@ def input_projection(
     q = None if basis_bias is None else B.new_empty(B.shape[0])
     load().input_projection(
         InputProjectionArgs(
-            *_place(B),
-            _DTYPES[dtype],
-            _DTYPES[dtype if basis is None else basis.dtype],
+            *place(B),
+            DTYPES[dtype],
+            DTYPES[dtype if basis is None else basis.dtype],
             B.shape[0],
             B.shape[1],
             D,
             B.data_ptr(),
-            _pointer(basis),
+            pointer(basis),
             *((0, 0) if basis is None else basis.stride()),
-            _pointer(basis_bias),
+            pointer(basis_bias),
             0 if basis_bias is None else basis_bias.stride(0),
             Q.data_ptr(),
-            _pointer(q),
-            Layout(0, offsets.shape[0] - 1, None, offsets.data_ptr(), _pointer(active), None),
+            pointer(q),
+            Layout(0, offsets.shape[0] - 1, None, offsets.data_ptr(), pointer(active), None),
         )
     )
     return Q, q
@@ -195,7 +203,7 @@ def _delta_bwd(
     dy: Tensor, S: Tensor | None, C: Tensor, rho: int, layout: Layout, need_dS: bool, need_dC: bool
 ) -> tuple[Tensor, Tensor]:
     """Return dS = dy C (M, RHO) in the dtype of dy and dC (N, r_max) in that of C; empty where not needed."""
-    (M, N), r_max, dtype = dy.shape, C.shape[1], _DTYPES[dy.dtype]
+    (M, N), r_max, dtype = dy.shape, C.shape[1], DTYPES[dy.dtype]
     plan = load().delta_bwd_plan(dtype, M, N, rho, _multiprocessors(dy.device))
     dS = dy.new_empty((M, rho) if need_dS else 0)
     dS_parts = C.new_empty((plan.stretches, M, rho) if need_dS and plan.stretches > 1 else 0)
@@ -203,14 +211,14 @@ def _delta_bwd(
     dC_parts = C.new_empty((plan.parts, N, r_max) if need_dC else 0)
     load().delta_bwd(
         DeltaBwdArgs(
-            *_place(dy),
+            *place(dy),
             dtype,
             M,
             rho,
             r_max,
             dy.data_ptr(),
             *dy.stride(),
-            _pointer(S) if need_dC else None,
+            pointer(S) if need_dC else None,
             C.data_ptr(),
             # An empty tensor's address is null.
             *(t.data_ptr() or None for t in (dS, dS_parts, dC, dC_parts)),
@@ -251,32 +259,3 @@ def _multiprocessors(device: torch.device) -> int:
 def _current(device: torch.device) -> torch.cuda.device:
     """Make `device` the current one while its kernels are launched."""
     return torch.cuda.device(device)
-
-
-def _place(t: Tensor) -> tuple[int, int]:
-    """Return the number of the tensor's device, and the address of that device's current stream."""
-    return t.device.index, torch.cuda.current_stream(t.device).cuda_stream
-
-
-@overload
-def _dense(t: Tensor, dtype: torch.dtype) -> Tensor: ...
-@overload
-def _dense(t: Tensor | None, dtype: torch.dtype) -> Tensor | None: ...
-def _dense(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Return t contiguous and of `dtype`, copied only where it is not."""
-    return t if t is None or (t.dtype is dtype and t.is_contiguous()) else t.to(dtype).contiguous()
-
-
-def _pointer(t: Tensor | None) -> int | None:
-    return None if t is None else t.data_ptr()
-
-
-def _layout(row_subspace: Tensor, offsets: Tensor, active: Tensor | None, trainable: Tensor | None) -> Layout:
-    return Layout(
-        row_subspace.shape[0],
-        offsets.shape[0] - 1,
-        row_subspace.data_ptr(),
-        offsets.data_ptr(),
-        _pointer(active),
-        _pointer(trainable),
-    )

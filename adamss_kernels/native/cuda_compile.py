@@ -64,7 +64,9 @@ def supported(nvcc: str, wanted: Sequence[str] | None) -> tuple[str, ...]:
 
 def command(nvcc: str, architectures: Sequence[str], out: Path, *options: str) -> list[str]:
     """Return the command that compiles for `architectures`, with PTX of the newest for those that are newer still."""
-    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
+    # wgmma exists only in code for 9.0 alone, which every GPU of 9.0 runs.
+    exact = ["90a" if arch == "90" else arch for arch in architectures]
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in exact]
     newest = max(architectures, key=_number)
     targets.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
     return [
@@ -72,7 +74,7 @@ def command(nvcc: str, architectures: Sequence[str], out: Path, *options: str) -
         # CUDA's runtime is linked in: what torch brings, or does not bring, is not needed.
         *("--shared", "-cudart=static", "-Xcompiler=-fPIC,-Wall,-Wextra", f"--threads={os.cpu_count() or 1}"),
         f'-DADAMSS_CUDA_ARCHITECTURES="{" ".join(names(architectures))}"',
-        *(*options, str(sources() / "launch.cu"), "-o", str(out)),
+        *(*options, *(str(path) for path in sorted(sources().glob("*.cu"))), "-o", str(out)),
     ]
 
 

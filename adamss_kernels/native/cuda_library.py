@@ -86,6 +86,29 @@ class MaskRowsArgs(ctypes.Structure):
     )
 
 
+class FusedArgs(ctypes.Structure):
+    """`adamss_cuda_fused_args`."""
+
+    _fields_ = (
+        ("device", c_int64),
+        ("stream", c_void_p),
+        *((name, c_int64) for name in ("dtype", "A_dtype", "M", "D", "RHO", "RHO_PAD", "R", "r_max")),
+        ("multiprocessors", c_int64),
+        ("x", c_void_p),
+        ("stride_xm", c_int64),
+        ("W", c_void_p),
+        ("stride_wn", c_int64),
+        *((name, c_void_p) for name in ("bias", "A")),
+        *((name, c_int64) for name in ("stride_ar", "stride_ad")),
+        ("a", c_void_p),
+        ("stride_a", c_int64),
+        *((name, c_void_p) for name in ("B", "C", "y", "S", "dy")),
+        ("stride_dym", c_int64),
+        *((name, c_void_p) for name in ("P", "dx", "dB", "dC", "workspace")),
+        ("layout", Layout),
+    )
+
+
 class Library(NamedTuple):
     """The loaded library; a kernel that cannot be launched raises RuntimeError with its name, shape and device."""
 
@@ -93,6 +116,8 @@ class Library(NamedTuple):
     delta_fwd: Callable[[DeltaFwdArgs], None]
     delta_bwd: Callable[[DeltaBwdArgs], None]
     mask_rows: Callable[[MaskRowsArgs], None]
+    fused: Callable[[FusedArgs], None]
+    fused_workspace: Callable[[FusedArgs], int]
     delta_bwd_plan: Callable[[int, int, int, int, int], Plan]
     architectures: str
     path: Path
@@ -111,6 +136,8 @@ def open_library(path: Path) -> Library:
     error.restype, error.argtypes = c_char_p, (c_int32,)
     plan.restype, plan.argtypes = Plan, (c_int64,) * 5
     architectures.restype = c_char_p
+    workspace = library.adamss_cuda_fused_workspace
+    workspace.restype, workspace.argtypes = c_int64, (ctypes.POINTER(FusedArgs),)
 
     def checked(name: str, args_type: type[ctypes.Structure]) -> Callable[..., None]:
         function = getattr(library, f"adamss_cuda_{name}")
@@ -128,6 +155,8 @@ def open_library(path: Path) -> Library:
         checked("delta_fwd", DeltaFwdArgs),
         checked("delta_bwd", DeltaBwdArgs),
         checked("mask_rows", MaskRowsArgs),
+        checked("fused", FusedArgs),
+        workspace,
         plan,
         architectures().decode(),
         path,
@@ -135,7 +164,9 @@ def open_library(path: Path) -> Library:
 
 
 def _shape(args: ctypes.Structure) -> str:
-    sizes = {name: getattr(args, name) for name, *_ in args._fields_ if name in ("M", "D", "R", "RHO", "r_max")}
+    sizes = {
+        name: getattr(args, name) for name, *_ in args._fields_ if name in ("M", "D", "R", "E", "F", "RHO", "r_max")
+    }
     return ", ".join(f"{name}={size}" for name, size in (sizes | {"N": args.layout.N, "K": args.layout.K}).items())
 
 

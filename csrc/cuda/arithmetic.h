@@ -10,6 +10,13 @@
 // Dynamic shared memory; kernels divide it among themselves.
 extern __shared__ uint4 shared_memory[];
 
+// Lets the kernel after this one start, up to where it waits for this one.
+#if __CUDA_ARCH__ >= 900
+#define ADAMSS_LET_NEXT_KERNEL_START asm volatile("griddepcontrol.launch_dependents;")
+#else
+#define ADAMSS_LET_NEXT_KERNEL_START (void)0
+#endif
+
 namespace adamss {
 
 constexpr int WARP = 32;

@@ -86,6 +86,38 @@ struct adamss_cuda_mask_rows_args {
     adamss_cuda_layout layout;
 };
 
+// Forward, or with `dy` backward, on a GPU of compute capability 9.0, in float16 or bfloat16: the base product and the
+// update in one. Rows of x, W and dy start at multiples of 16 bytes and are dense; N and D are multiples of 8.
+struct adamss_cuda_fused_args {
+    int64_t device;
+    void* stream;
+    int64_t dtype, A_dtype, M, D, RHO, RHO_PAD, R, r_max;  // RHO_PAD: a multiple of 16, above RHO where there is a bias
+    int64_t multiprocessors;
+    const void* x;  // (M, D); in backward, where it was kept and P was not
+    int64_t stride_xm;
+    const void* W;  // (N, D)
+    int64_t stride_wn;
+    const void* bias;  // (N,) or null; not read in backward
+    const void* A;     // (R, D), of A_dtype: dtype or float; null for Q = B
+    int64_t stride_ar, stride_ad;
+    const void* a;  // (R,) or null, of A_dtype
+    int64_t stride_a;
+    const void* B;  // (RHO, R), float
+    const void* C;  // (N, r_max), float
+    void* y;        // (M, N), in forward
+    void* S;        // (M, RHO), float: in forward written or null, in backward read for dC
+    const void* dy;  // (M, N), in backward
+    int64_t stride_dym;
+    const void* P;    // (M, R), or null
+    void* dx;         // (M, D)
+    void* dB;         // (RHO, R), float, or null
+    void* dC;         // (N, r_max), float, or null
+    void* workspace;  // of adamss_cuda_fused_workspace bytes, at a multiple of 256
+    adamss_cuda_layout layout;
+};
+
+int32_t adamss_cuda_fused(const adamss_cuda_fused_args*);
+int64_t adamss_cuda_fused_workspace(const adamss_cuda_fused_args*);
 int32_t adamss_cuda_input_projection(const adamss_cuda_input_projection_args*);
 int32_t adamss_cuda_delta_fwd(const adamss_cuda_delta_fwd_args*);
 int32_t adamss_cuda_delta_bwd(const adamss_cuda_delta_bwd_args*);
