@@ -130,7 +130,6 @@ __device__ void prepare_Ct(const Prepare<X, A_t>& p, int64_t block) {
 #pragma unroll
     for (int j = 0; j < AHEAD; ++j) C[j] = j < p.r_max ? p.C[i * p.r_max + j] : 0.f;
     const Span s = span_of(p.layout, k, p.layout.active, nullptr);
-    if (s.first > s.last) return;  // never, but known only once the loads are done
     ADAMSS_LET_NEXT_KERNEL_START;
 #pragma unroll 16
     for (int c = 0; c < RHO_PAD; ++c) {
