@@ -54,30 +54,31 @@ __device__ void prepare_Q(const Prepare<X, A_t>& p, int64_t block) {
     for (int k = int(threadIdx.x); k < p.layout.K; k += PREPARE_THREADS)
         for (int c = p.layout.offsets[k]; c < p.layout.offsets[k + 1]; ++c)
             on[c] = !p.layout.active || p.layout.active[k];
+    // Loads without a branch between them are all under way at once: what lies outside is read inside, and dropped.
+    const bool is_q = d == p.D, valid = d < p.D || (is_q && p.a);
+    const A_t* const column = is_q && p.a ? p.a : p.A + smaller(d, p.D - 1) * p.stride_ad;
+    const int64_t step = is_q && p.a ? p.stride_a : p.stride_ar;
     float total[RHO_PAD] = {};
     for (int64_t r0 = 0; p.A && r0 < p.R; r0 += PREPARE_DEPTH) {
-        float A[SHARE];
+        A_t raw[SHARE];
 #pragma unroll
-        for (int i = 0; i < SHARE; ++i) {
-            const int64_t r = r0 + warp + PREPARE_WARPS * i;
-            A[i] = 0;
-            if (r < p.R && d < p.D) A[i] = widen(p.A[r * p.stride_ar + d * p.stride_ad]);
-            if (r < p.R && d == p.D && p.a) A[i] = widen(p.a[r * p.stride_a]);
-        }
+        for (int i = 0; i < SHARE; ++i) raw[i] = column[smaller(r0 + warp + PREPARE_WARPS * i, p.R - 1) * step];
         for (int base = int(threadIdx.x); base < RHO_PAD * PREPARE_DEPTH; base += PREPARE_LOADS * PREPARE_THREADS) {
             float B[PREPARE_LOADS];
 #pragma unroll
             for (int v = 0; v < PREPARE_LOADS; ++v) {
-                const int e = base + v * PREPARE_THREADS, c = e / PREPARE_DEPTH;
-                const int64_t r = r0 + e % PREPARE_DEPTH;
-                B[v] = c < p.RHO && r < p.R ? p.B[c * p.R + r] : 0.f;
+                const int64_t e = base + v * PREPARE_THREADS, c = e / PREPARE_DEPTH, r = r0 + e % PREPARE_DEPTH;
+                B[v] = p.B[smaller(c, p.RHO - 1) * p.R + smaller(r, p.R - 1)];
             }
 #pragma unroll
             for (int v = 0; v < PREPARE_LOADS; ++v) {
-                const int e = base + v * PREPARE_THREADS;
-                Bt[e % PREPARE_DEPTH * STRIDE + e / PREPARE_DEPTH] = B[v];
+                const int e = base + v * PREPARE_THREADS, c = e / PREPARE_DEPTH, r = e % PREPARE_DEPTH;
+                if (c < RHO_PAD) Bt[r * STRIDE + c] = c < p.RHO && r0 + r < p.R ? B[v] : 0.f;
             }
         }
+        float A[SHARE];
+#pragma unroll
+        for (int i = 0; i < SHARE; ++i) A[i] = valid ? widen(raw[i]) : 0.f;
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < SHARE; ++i) {
@@ -125,10 +126,10 @@ __device__ void prepare_Ct(const Prepare<X, A_t>& p, int64_t block) {
     const int64_t N = p.layout.N, i = block * PREPARE_THREADS + threadIdx.x;
     if (i >= N) return;
     const int k = p.layout.row_subspace[i];
-    const float bias = p.bias ? widen(p.bias[i]) : 0.f;
     float C[AHEAD];
 #pragma unroll
-    for (int j = 0; j < AHEAD; ++j) C[j] = j < p.r_max ? p.C[i * p.r_max + j] : 0.f;
+    for (int j = 0; j < AHEAD; ++j) C[j] = p.C[i * p.r_max + smaller(int64_t(j), p.r_max - 1)];
+    const float bias = p.bias ? widen(p.bias[i]) : 0.f;
     const Span s = span_of(p.layout, k, p.layout.active, nullptr);
     ADAMSS_LET_NEXT_KERNEL_START;
 #pragma unroll 16
@@ -145,19 +146,22 @@ __device__ void prepare_Ct(const Prepare<X, A_t>& p, int64_t block) {
 
 template <class From, class To>
 __device__ void pad(const Padding<From, To>& p, int64_t block) {
-    const int64_t first = block * PREPARE_LOADS * PREPARE_THREADS, count = p.rows * p.width;
-    float value[PREPARE_LOADS];
+    const int64_t first = block * PREPARE_LOADS * PREPARE_THREADS, row0 = first / p.width;
+    // From the start of that row on, 32 bits suffice, and dividing them takes no branch.
+    const unsigned width = unsigned(p.width), begin = unsigned(first % p.width) + threadIdx.x;
+    From value[PREPARE_LOADS];
 #pragma unroll
     for (int v = 0; v < PREPARE_LOADS; ++v) {
-        const int64_t e = first + v * PREPARE_THREADS + threadIdx.x;
-        const int64_t row = e / p.width, column = e % p.width;
-        value[v] = e < count && column < p.columns ? widen(p.from[row * p.columns + column]) : 0.f;
+        const unsigned e = begin + v * PREPARE_THREADS;
+        const int64_t row = smaller(row0 + e / width, p.rows - 1);
+        value[v] = p.from[row * p.columns + smaller(int64_t(e % width), p.columns - 1)];
     }
     ADAMSS_LET_NEXT_KERNEL_START;
 #pragma unroll
     for (int v = 0; v < PREPARE_LOADS; ++v) {
-        const int64_t e = first + v * PREPARE_THREADS + threadIdx.x;
-        if (e < count) store(&p.to[e], value[v]);
+        const unsigned e = begin + v * PREPARE_THREADS;
+        if (row0 + e / width >= p.rows) continue;
+        store(&p.to[row0 * p.width + e], e % width < p.columns ? widen(value[v]) : 0.f);
     }
 }
 
@@ -167,7 +171,7 @@ __device__ void pad(const Padding<From, To>& p, int64_t block) {
 //
 // B (RHO, R), A (R, D), or none and Q = B, a (R,), C (N, r_max), S (M, RHO), P (M, R).
 template <class X, class A_t, int RHO_PAD>
-__global__ void __launch_bounds__(PREPARE_THREADS) prepare_kernel(const Prepare<X, A_t> p) {
+__global__ void __launch_bounds__(PREPARE_THREADS, 1) prepare_kernel(const Prepare<X, A_t> p) {
     int64_t block = blockIdx.x;
     if (block < p.blocks_Q) return prepare_Q<RHO_PAD>(p, block);
     block -= p.blocks_Q;
