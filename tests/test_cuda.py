@@ -19,7 +19,7 @@ from torch import nn
 
 from adamss_kernels import adamss_linear, ops
 from adamss_kernels.layout import block_diagonal, column_mask
-from adamss_kernels.native import cuda, cuda_library
+from adamss_kernels.native import cuda, cuda_hopper, cuda_library
 
 ROOT = Path(__file__).parent.parent
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -65,7 +65,9 @@ def twin(twin_file, monkeypatch):
     device = Twin(twin_file)
     device.set()
     monkeypatch.setattr(cuda, "load", lambda: device.library)
-    monkeypatch.setattr(cuda, "_place", lambda t: (0, None))
+    for module in (cuda, cuda_hopper):
+        monkeypatch.setattr(module, "place", lambda t: (0, None))
+    monkeypatch.setattr(cuda_hopper, "_is_hopper", lambda _: False)
     monkeypatch.setattr(cuda, "_current", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(cuda, "_multiprocessors", lambda _: 2)
     monkeypatch.setattr(cuda, "unavailable", lambda device_type=None, dtype=None: None)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "arithmetic.h"
+#include "geometry.h"
 
 namespace adamss {
 
@@ -15,9 +16,27 @@ struct Finish {
     float* dB;                            // (RHO, R)
     float* G;                             // (D + 1, RHO_PAD): x^T dS, and the sum of dS
     adamss_cuda_layout layout;
+
+    int64_t blocks() const;
 };
 
 constexpr int FINISH_THREADS = 256;
+
+inline int64_t Finish::blocks() const { return cdiv(count_dC + count_dB + count_G, FINISH_THREADS); }
+
+// G where dB goes through x, else null.
+inline Finish describe_finish(const adamss_cuda_fused_args& args, const float* dy_parts, const float* z_parts,
+                              const float* sum_parts, int64_t splits, float* G) {
+    Finish p = {};
+    p.RHO = args.RHO, p.RHO_PAD = args.RHO_PAD, p.R = args.R, p.D = args.D, p.r_max = args.r_max, p.splits = splits;
+    p.count_dC = args.dC ? args.layout.N * args.r_max : 0;
+    p.count_dB = args.dB && !G ? args.R * args.RHO_PAD : 0;
+    p.count_G = G ? (args.D + 1) * args.RHO_PAD : 0;
+    p.dy_parts = dy_parts, p.z_parts = z_parts, p.sum_parts = sum_parts;
+    p.dC = static_cast<float*>(args.dC), p.dB = static_cast<float*>(args.dB), p.G = G;
+    p.layout = args.layout;
+    return p;
+}
 
 // sum_t parts[t] at e; parts (splits, size), in the order of t.
 __device__ inline float sum_of_parts(const float* parts, int64_t size, int64_t splits, int64_t e) {
@@ -96,6 +115,19 @@ __global__ void __launch_bounds__(THROUGH_WARPS* WARP) dB_kernel(const ThroughIn
     float total = 0;
     for (int w = 0; w < THROUGH_WARPS; ++w) total += shares[w * p.RHO_PAD + own];
     p.dB[own * p.R + r] = on ? total : 0.f;
+}
+
+template <class A_t>
+ThroughInput<A_t> describe_through_input(const adamss_cuda_fused_args& args, const float* G) {
+    ThroughInput<A_t> p = {};
+    p.RHO = args.RHO, p.RHO_PAD = args.RHO_PAD, p.R = args.R, p.D = args.D;
+    p.stride_ar = args.stride_ar, p.stride_ad = args.stride_ad, p.stride_a = args.stride_a;
+    p.G = G;
+    p.A = static_cast<const A_t*>(args.A);
+    p.a = static_cast<const A_t*>(args.a);
+    p.dB = static_cast<float*>(args.dB);
+    p.layout = args.layout;
+    return p;
 }
 
 }  // namespace adamss

@@ -9,6 +9,7 @@ constexpr int64_t SHARED_LIMIT = 48 * 1024;  // what a block gets without asking
 constexpr int64_t MAX_BLOCKS = 0x7fffffff;   // of gridDim.x; gridDim.y and z end at 65535 and stay 1
 
 constexpr int64_t cdiv(int64_t a, int64_t b) { return a / b + (a % b != 0); }
+constexpr int64_t up(int64_t a, int64_t b) { return cdiv(a, b) * b; }
 
 // Forward: a block's warps lie one above the other, each lane on one pack of columns and TOKENS rows at a time.
 constexpr int FORWARD_WARPS = 8;

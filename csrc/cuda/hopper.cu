@@ -17,8 +17,6 @@ using Args = adamss_cuda_fused_args;
         if (const int32_t status = int32_t(call)) return status; \
     } while (false)
 
-int64_t up(int64_t value, int64_t to) { return cdiv(value, to) * to; }
-
 // --- scratch --------------------------------------------------------------------------------------------------------
 
 // Memory that lives through one call, from the workspace; with none, the sizes are added up.
@@ -88,35 +86,11 @@ int32_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64
     return int32_t(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 }
 
-template <class X>
-struct Prepared {
-    X *Q, *Ct, *S, *P;
-    float* q;
-};
-
-// Rows of P begin at multiples of 16 bytes.
-int64_t padded_R(const Args& args) { return up(args.R, 8); }
-
 template <int RHO_PAD, class X, class A_t>
 int32_t prepare_from(const Args& args, const X* bias, const Prepared<X>& to) {
-    Prepare<X, A_t> p = {};
-    p.RHO = args.RHO, p.R = args.R, p.D = args.D, p.r_max = args.r_max;
-    p.stride_ar = args.stride_ar, p.stride_ad = args.stride_ad, p.stride_a = args.stride_a;
-    p.B = static_cast<const float*>(args.B);
-    p.A = static_cast<const A_t*>(args.A);
-    p.a = static_cast<const A_t*>(args.a);
-    p.C = static_cast<const float*>(args.C);
-    p.bias = bias;
-    p.Q = to.Q, p.q = to.q, p.Ct = to.Ct;
-    p.S = {to.S ? args.M : 0, args.RHO, RHO_PAD, static_cast<const float*>(args.S), to.S};
-    p.P = {to.P ? args.M : 0, args.R, padded_R(args), static_cast<const X*>(args.P), to.P};
-    p.layout = args.layout;
-    p.blocks_Q = cdiv(args.D + 1, WARP);
-    p.blocks_Ct = cdiv(args.layout.N, PREPARE_THREADS);
-    p.blocks_S = cdiv(p.S.rows * p.S.width, PREPARE_LOADS * PREPARE_THREADS);
-    p.blocks_P = cdiv(p.P.rows * p.P.width, PREPARE_LOADS * PREPARE_THREADS);
-    return launch(prepare_kernel<X, A_t, RHO_PAD>, p.blocks_Q + p.blocks_Ct + p.blocks_S + p.blocks_P, PREPARE_THREADS,
-                  PREPARE_SHARED<RHO_PAD>, args.stream, false, p);
+    const Prepare<X, A_t> p = describe_prepare<RHO_PAD, X, A_t>(args, bias, to);
+    return launch(prepare_kernel<X, A_t, RHO_PAD>, p.blocks(), PREPARE_THREADS, PREPARE_SHARED<RHO_PAD>, args.stream,
+                  false, p);
 }
 
 template <int RHO_PAD, class X>
@@ -220,15 +194,8 @@ void divide(TokenProducts* p, int64_t multiprocessors) {
 
 template <class A_t>
 int32_t through_input(const Args& args, const float* G) {
-    ThroughInput<A_t> p = {};
-    p.RHO = args.RHO, p.RHO_PAD = args.RHO_PAD, p.R = args.R, p.D = args.D;
-    p.stride_ar = args.stride_ar, p.stride_ad = args.stride_ad, p.stride_a = args.stride_a;
-    p.G = G;
-    p.A = static_cast<const A_t*>(args.A);
-    p.a = static_cast<const A_t*>(args.a);
-    p.dB = static_cast<float*>(args.dB);
-    p.layout = args.layout;
-    return launch(dB_kernel<A_t>, args.R, THROUGH_WARPS * WARP, THROUGH_WARPS * args.RHO_PAD * 4, args.stream, false, p);
+    return launch(dB_kernel<A_t>, args.R, THROUGH_WARPS * WARP, THROUGH_WARPS * args.RHO_PAD * 4, args.stream, false,
+                  describe_through_input<A_t>(args, G));
 }
 
 // --- the two directions ---------------------------------------------------------------------------------------------
@@ -291,15 +258,9 @@ int32_t backward(const Args& args, Scratch& scratch) {
 
     const X* const z = !args.dB ? nullptr : through_x ? static_cast<const X*>(args.x) : made.P;
     CHECK((token_products<X, RHO_PAD>(args, made.S, dS, z, through_x ? args.stride_xm : padded_R(args), Z, products)));
-    Finish p = {};
-    p.RHO = args.RHO, p.RHO_PAD = RHO_PAD, p.R = args.R, p.D = D, p.r_max = args.r_max, p.splits = products.splits;
-    p.count_dC = args.dC ? N * args.r_max : 0;
-    p.count_dB = args.dB && !through_x ? args.R * RHO_PAD : 0;
-    p.count_G = through_x ? (D + 1) * RHO_PAD : 0;
-    p.dy_parts = products.of_dy.parts, p.z_parts = products.of_z.parts, p.sum_parts = products.of_z.sums;
-    p.dC = static_cast<float*>(args.dC), p.dB = static_cast<float*>(args.dB), p.G = G;
-    p.layout = args.layout;
-    CHECK(launch(finish_kernel, cdiv(p.count_dC + p.count_dB + p.count_G, FINISH_THREADS), FINISH_THREADS, 0,
+    const float *const dy_parts = products.of_dy.parts, *const z_parts = products.of_z.parts;
+    const Finish p = describe_finish(args, dy_parts, z_parts, products.of_z.sums, products.splits, G);
+    CHECK(launch(finish_kernel, p.blocks(), FINISH_THREADS, 0,
                  args.stream, false, p));
     if (!through_x) return 0;
     return args.A_dtype == args.dtype ? through_input<X>(args, G) : through_input<float>(args, G);

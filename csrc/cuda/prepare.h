@@ -29,6 +29,15 @@ struct Prepare {
     Padding<float, X> S;
     Padding<X, X> P;
     adamss_cuda_layout layout;
+
+    int64_t blocks() const { return blocks_Q + blocks_Ct + blocks_S + blocks_P; }
+};
+
+// Where to; S and P may be null.
+template <class X>
+struct Prepared {
+    X *Q, *Ct, *S, *P;
+    float* q;
 };
 
 constexpr int PREPARE_THREADS = 256;
@@ -179,6 +188,30 @@ __global__ void __launch_bounds__(PREPARE_THREADS, 1) prepare_kernel(const Prepa
     block -= p.blocks_Ct;
     if (block < p.blocks_S) return pad(p.S, block);
     pad(p.P, block - p.blocks_S);
+}
+
+// Rows of P begin at multiples of 16 bytes.
+inline int64_t padded_R(const adamss_cuda_fused_args& args) { return up(args.R, 8); }
+
+template <int RHO_PAD, class X, class A_t>
+Prepare<X, A_t> describe_prepare(const adamss_cuda_fused_args& args, const X* bias, const Prepared<X>& to) {
+    Prepare<X, A_t> p = {};
+    p.RHO = args.RHO, p.R = args.R, p.D = args.D, p.r_max = args.r_max;
+    p.stride_ar = args.stride_ar, p.stride_ad = args.stride_ad, p.stride_a = args.stride_a;
+    p.B = static_cast<const float*>(args.B);
+    p.A = static_cast<const A_t*>(args.A);
+    p.a = static_cast<const A_t*>(args.a);
+    p.C = static_cast<const float*>(args.C);
+    p.bias = bias;
+    p.Q = to.Q, p.q = to.q, p.Ct = to.Ct;
+    p.S = {to.S ? args.M : 0, args.RHO, RHO_PAD, static_cast<const float*>(args.S), to.S};
+    p.P = {to.P ? args.M : 0, args.R, padded_R(args), static_cast<const X*>(args.P), to.P};
+    p.layout = args.layout;
+    p.blocks_Q = cdiv(args.D + 1, WARP);
+    p.blocks_Ct = cdiv(args.layout.N, PREPARE_THREADS);
+    p.blocks_S = cdiv(p.S.rows * p.S.width, PREPARE_LOADS * PREPARE_THREADS);
+    p.blocks_P = cdiv(p.P.rows * p.P.width, PREPARE_LOADS * PREPARE_THREADS);
+    return p;
 }
 
 }  // namespace adamss

@@ -1,0 +1,128 @@
+"""The fused CUDA backend for Hopper GPUs without one: what its kernels around wgmma prepare and finish, as host C++."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+from test_cuda import twin, twin_file  # noqa: F401
+
+from adamss_kernels import SubspaceLayout
+from adamss_kernels.layout import block_diagonal, column_mask, gather_index
+from adamss_kernels.native import cuda_hopper
+from adamss_kernels.native.cuda_library import FusedArgs
+
+CASES = {
+    "32 columns of S": {"M": 70, "D": 40, "N": 300, "R": 100, "ranks": (3,) * 10},
+    "48 columns of S": {"M": 9, "D": 40, "N": 70, "R": 100, "ranks": (1,) * 32},
+    "64 columns of S": {"M": 9, "D": 31, "N": 257, "R": 129, "ranks": (5,) * 12},
+    "rank beyond what is loaded ahead": {"M": 3, "D": 33, "N": 64, "R": 5, "ranks": (9, 1, 16)},
+    "one subspace": {"M": 1, "D": 1, "N": 16, "R": 1, "ranks": (1,)},
+    "more of R than one step": {"M": 5, "D": 70, "N": 24, "R": 300, "ranks": (2, 1, 3)},
+}
+MASKS = ["", "active", "trainable", "both"]
+
+
+@pytest.fixture
+def library(twin):  # noqa: F811
+    loaded = ctypes.CDLL(str(twin.library.path))
+    loaded.twin_prepare.argtypes = (ctypes.POINTER(FusedArgs), *(ctypes.c_void_p,) * 5)
+    loaded.twin_finish.argtypes = (ctypes.POINTER(FusedArgs), *(ctypes.c_void_p,) * 3, ctypes.c_int64, ctypes.c_void_p)
+    return loaded
+
+
+@pytest.fixture(params=CASES)
+def case(request, monkeypatch):
+    sizes = CASES[request.param]
+    M, D, N, R, ranks = (sizes[name] for name in ("M", "D", "N", "R", "ranks"))
+    K, bf16 = len(ranks), torch.bfloat16
+    rows = torch.cat((torch.arange(K), torch.randint(0, K, (N - K,)))).to(torch.int32)
+    monkeypatch.setattr(cuda_hopper, "_multiprocessors", lambda _: 2)
+    return {
+        "x": torch.randn(M, D).to(bf16),
+        "weight": torch.randn(N, D).to(bf16),
+        "bias": torch.randn(N).to(bf16),
+        "basis": torch.randn(R, D + 1).to(bf16)[:, :D],
+        "basis_bias": torch.randn(R).to(bf16),
+        "B": torch.randn(sum(ranks), R),
+        "C": torch.randn(N, max(ranks)),
+        "layout": SubspaceLayout(rows, ranks),
+    }
+
+
+def masks(name, K):
+    active = torch.arange(K) % 3 != 1 if name in ("active", "both") else None
+    trainable = torch.arange(K) % 2 == 0 if name in ("trainable", "both") else None
+    return active, trainable
+
+
+def operands(case, active, trainable, with_basis=True):
+    c, layout = case, case["layout"]
+    basis, a = (c["basis"], c["basis_bias"]) if with_basis else (None, None)
+    B = c["B"] if with_basis else torch.randn(layout.rho, c["x"].shape[1])
+    tensors = (c["x"], c["x"], c["weight"], c["bias"], basis, a, B, c["C"], layout.row_subspace, layout.offsets)
+    args, held = cuda_hopper._operands(*tensors, active, trainable)
+    return args, held, B
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("with_basis", [True, False], ids=["basis", "no basis"])
+def test_prepare_pads_projects_and_masks(library, case, mask, with_basis):
+    M, D, N = *case["x"].shape, case["weight"].shape[0]
+    layout, rho = case["layout"], case["layout"].rho
+    active, trainable = masks(mask, layout.num_subspaces)
+    args, _held, B = operands(case, active, trainable, with_basis)
+    R, rows = B.shape[1], args.RHO_PAD
+    S, P = torch.randn(M, rho), torch.randn(M, R).to(torch.bfloat16)
+    args.S, args.P = S.data_ptr(), P.data_ptr()
+    bf16 = torch.bfloat16
+    shapes = ((rows, D), (rows, N), (M, rows), (M, -(-R // 8) * 8))
+    Q, Ct, S_, P_ = (torch.full(shape, torch.nan, dtype=bf16) for shape in shapes)
+    q = torch.full((rows,), torch.nan)
+    assert library.twin_prepare(args, *(t.data_ptr() for t in (Q, q, Ct, S_, P_))) == 0
+    on = torch.ones(rho, dtype=torch.bool) if active is None else column_mask(active, layout.offsets, rho)
+    exact_Q = (B @ case["basis"].float() if with_basis else B) * on[:, None]
+    assert torch.allclose(Q[:rho].float(), exact_Q, rtol=2**-7, atol=1e-3)
+    assert not Q[rho:].any()
+    exact_q = B @ case["basis_bias"].float() * on if with_basis else torch.zeros(rho)
+    assert torch.allclose(q[:rho], exact_q, rtol=1e-5, atol=1e-4)
+    assert q[rho:].tolist() == [1.0] + [0.0] * (rows - rho - 1)
+    exact_Ct = block_diagonal(case["C"], layout.row_subspace, layout.offsets, rho) * on[:, None]
+    assert torch.equal(Ct[:rho], exact_Ct.to(bf16))
+    assert torch.equal(Ct[rho], case["bias"])
+    assert not Ct[rho + 1 :].any()
+    assert torch.equal(S_[:, :rho], S.to(bf16))
+    assert not S_[:, rho:].any()
+    assert torch.equal(P_[:, :R], P)
+    assert not P_[:, R:].any()
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("through_x", [True, False], ids=["x", "P"])
+def test_finish_adds_parts_and_masks(library, case, mask, through_x):
+    D, N = case["x"].shape[1], case["weight"].shape[0]
+    layout, rho = case["layout"], case["layout"].rho
+    active, trainable = masks(mask, layout.num_subspaces)
+    args, _held, B = operands(case, active, trainable)
+    R, rows, splits = B.shape[1], args.RHO_PAD, 11
+    Z = D if through_x else R
+    dy_parts, z_parts, sums = (torch.randn(splits, *shape) for shape in ((N, rows), (Z, rows), (rows,)))
+    dB, dC = torch.full_like(B, torch.nan), torch.full_like(case["C"], torch.nan)
+    G = torch.full((D + 1, rows), torch.nan)
+    args.dB, args.dC = dB.data_ptr(), dC.data_ptr()
+    pointers = [t.data_ptr() for t in (dy_parts, z_parts, sums)]
+    assert library.twin_finish(args, *pointers, splits, G.data_ptr() if through_x else None) == 0
+    learns = torch.ones(layout.num_subspaces, dtype=torch.bool)
+    for m in (active, trainable):
+        learns &= True if m is None else m
+    columns = column_mask(learns, layout.offsets, rho)
+    dense = dy_parts.sum(0)[:, :rho].double() * columns
+    dense = torch.cat((dense, dense.new_zeros(N, 1)), 1)
+    exact_dC = dense.gather(1, gather_index(layout.row_subspace, layout.offsets, dC.shape[1]))
+    torch.testing.assert_close(dC.double(), exact_dC, rtol=1e-5, atol=1e-5)
+    exact_dB = z_parts.double().sum(0).T[:rho]
+    if through_x:
+        g = sums.double().sum(0)[:rho]
+        exact_dB = exact_dB @ case["basis"].double().T + torch.outer(g, case["basis_bias"].double())
+    torch.testing.assert_close(dB.double(), exact_dB * columns[:, None], rtol=1e-4, atol=1e-3)
