@@ -133,7 +133,8 @@ def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> 
 
     "auto" is replaced by the environment variable ADAMSS_BACKEND where that was set when the package was imported. What
     is still "auto" takes the first of these that can run: on the CPU native, reference; on CUDA and ROCm triton, cuda,
-    reference; elsewhere reference. Where Triton works on a GPU with no dtype at all (it cannot be imported, or its
+    reference, but cuda before triton where its library has the fused kernels for the GPU (Hopper, 16-bit dtypes);
+    elsewhere reference. Where Triton works on a GPU with no dtype at all (it cannot be imported, or its
     first kernel does not compile), one warning names the cause and what runs instead. A backend named explicitly runs
     or raises; it never falls back to another.
 
@@ -144,7 +145,7 @@ def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> 
     if requested == "auto":
         requested = _OVERRIDE
     if requested == "auto":
-        preferred = _PREFERENCE.get(device.type, ())
+        preferred = _preferred(device.type, dtype)
         able = (name for name in preferred if implementation(name).unavailable(device.type, dtype) is None)
         chosen = next(able, "reference")
         if device.type == "cuda" and chosen != preferred[0]:
@@ -156,6 +157,13 @@ def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> 
     if reason is not None:
         raise RuntimeError(f"backend {requested!r} cannot run {dtype} on {device.type}: {reason}")
     return requested
+
+
+def _preferred(device_type, dtype):
+    preferred = _PREFERENCE.get(device_type, ())
+    if device_type == "cuda" and implementation("cuda").is_fused(dtype):
+        return tuple(reversed(preferred))
+    return preferred
 
 
 @functools.cache

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,113 +24,72 @@ import torch
 from gpu_timing import interleaved, markdown
 
 from adamss_kernels import ops
-from adamss_kernels.atomic import replace_file
-from adamss_kernels.cli.bench.results import environment
+from adamss_kernels.cli.bench import results
 
 ROOT = Path(__file__).parents[1]
-# In the order in which they run: seconds that a stage may start new work for. GRACE later it is killed.
-BUDGETS = {"build": 45, "tests": 140, "tune": 80, "grid": 110, "step": 90, "asa": 15, "sanitize": 70}
-GRACE = 20
-# All stages together end before this: below ten minutes, whatever hangs.
-TOTAL = 570
+# In the order in which they run: parts of the time that there is. What a stage leaves goes to those after it.
+SHARES = {"build": 40, "tests": 60, "probe": 40, "grid": 100, "step": 100, "asa": 10, "sanitize": 60}
+# Seconds that a stage may go on for after its budget, until it is killed; and what writing the summary takes.
+GRACE = 8
 _IMPORTED = time.time()
 
-Save = Callable[[dict[str, Any]], None]
-"""Keeps what a stage has so far, for the case that it does not live to return it."""
+Row = dict[str, Any]
+Record = Callable[[Row], None]
+"""Keeps a row as it is measured, for the case that its stage does not live to the end."""
 
 
-def build(device: torch.device, budget: float, save: Save) -> dict[str, Any]:
+def build(device: torch.device, budget: float, record: Record) -> None:
     """The CUDA library, into the user's cache, from where the stages that follow take it; a dry run runs no nvcc."""
     command = [sys.executable, "-m", "adamss_kernels", "build-cuda"]
     status, said = _run([*command, *(["--dry-run"] if device.type == "cpu" else [])], device, budget)
-    said = said.strip()
-    result: dict[str, Any] = {"rows": [{"status": status, "said": said.replace("\n", " ")}]}
     # Triton's figures need no nvcc.
-    return result | ({"skipped": f"backend cuda: {said}"} if status else {})
+    record({"status": status, "said": " ".join(said.split())[:1000]})
 
 
-def tests(device: torch.device, budget: float, save: Save) -> dict[str, Any]:
+def tests(device: torch.device, budget: float, record: Record) -> None:
     """The GPU tests, every backend by name, on data drawn afresh; the other tests need no GPU, or a built library."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", "-rfEs", "--tb=short"]
     variables = {"ADAMSS_TEST_DEVICE": device.type}
     if device.type == "cuda" and importlib.util.find_spec("xdist"):
         # What takes long is the CPU's: hundreds of compilations.
-        command += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]
+        command += ["-n", str(max(1, os.cpu_count() or 1))]
         variables["OMP_NUM_THREADS"] = "2"
-    status, said = _run([*command, "tests/test_gpu.py"], device, budget, **variables)
-    lines = said.strip().splitlines()
-    last = lines[-1] if lines else ""
-    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|error)", last)}
-    result: dict[str, Any] = {"rows": [counts], "output": lines}
-    if status:
-        # In pytest's summary, or where it was stopped before that, as they came.
-        failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-        failed = failed or [line for line in lines if "FAILED" in line or "ERROR" in line]
-        result["error"] = "\n".join([f"pytest ended with status {status}", *failed])
-    return result
+    for backend in ("cuda", "triton", "reference"):
+        others = " and ".join(f"not {name}" for name in ("native", "cuda", "triton", "reference") if name != backend)
+        start = time.monotonic()
+        status, said = _run([*command, "-k", others, "tests/test_gpu.py"], device, budget, **variables)
+        budget -= time.monotonic() - start
+        record({"backend": backend, "status": status, **outcome(said)})
 
 
-def sanitize(device: torch.device, budget: float, save: Save) -> dict[str, Any]:
-    """The kernels on small shapes under compute-sanitizer: memory errors, then races in shared memory."""
-    deadline = time.monotonic() + budget
-    rows: list[dict[str, Any]] = []
-    result: dict[str, Any] = {"rows": rows}
-    program = [sys.executable, str(ROOT / "bench" / "small_shapes.py"), "--device", device.type]
-    tool = shutil.which("compute-sanitizer")
-    for backend, check in itertools.product(("cuda", "triton"), ("memcheck", "racecheck")):
-        reason = ops.implementation(backend).unavailable(device.type, torch.float32)
-        left = deadline - time.monotonic()
-        if reason is not None or left < 5:
-            rows.append({"backend": backend, "check": check, "status": f"not run: {reason or 'no time left'}"})
-            continue
-        prefix = sanitizer(tool, backend, check) if tool and device.type == "cuda" else []
-        # Without torch's caching allocator, an access past the end of a tensor is one past the end of an allocation.
-        variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        status, said = _run([*prefix, *program, "--backend", backend], device, left, **variables)
-        watched = check if prefix else f"{check}: run without the sanitizer"
-        # The sanitizer's own last word, or the program's: a status alone does not show that anything was watched.
-        last = next((line for line in reversed(said.splitlines()) if line.strip()), "")
-        rows.append({"backend": backend, "check": watched, "status": status, "said": last[:200]})
-        if status:
-            result["error"] = f"{result.get('error', '')}{backend}, {check}: {said[:2000]} ... {said[-2000:]}\n"
-        save(result)
-    return result
+def outcome(said: str) -> Row:
+    """Return how many tests passed and failed by what pytest said, also where it was stopped; and what failed, why."""
+    ended = re.findall(
+        r"(\d+) (passed|failed|skipped|errors?)\b", said.strip().splitlines()[-1] if said.strip() else ""
+    )
+    counts: Row = {word: int(n) for n, word in ended}
+    if not ended:
+        counts = {word.lower(): said.count(f" {word} ") for word in ("PASSED", "FAILED")} | {"stopped": True}
+    failed = sorted(set(re.findall(r"(?:FAILED|ERROR) (tests/\S+(?: - .*)?)", said)))
+    return counts | ({"failures": failed[:20]} if failed else {})
 
 
-def sanitizer(tool: str, backend: str, check: str) -> list[str]:
-    """Return the command before the one that is checked."""
-    # cuBLAS's and torch's kernels are not ours to check, and take longest; many of them end in `_kernel`, too. Theirs
-    # are mangled (_Z...), Triton's are not. Torch asks the driver for much that it does not have.
-    ours = "kns=adamss" if backend == "cuda" else "regex=^_[a-z]"
-    return [tool, "--tool", check, "--error-exitcode", "3", "--report-api-errors", "no", "--kernel-name", ours]
+def probe(device: torch.device, budget: float, record: Record) -> None:
+    """What the card can do at most, and how long each of our kernels takes."""
+    importlib.import_module("probe").run(device, budget, record)
 
 
-def tune(device: torch.device, budget: float, save: Save) -> dict[str, Any]:
-    """The tuning sweep; the stages that follow use what it found."""
-    dtype, shapes = ("bfloat16", []) if device.type == "cuda" else ("float32", ["--shape", "decode"])
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch, "tuning.json")
-        command = [sys.executable, "-m", "adamss_kernels", "tune", "--device", device.type, "--out", str(path)]
-        command += ["--seconds", str(budget * 0.8), "--dtype", dtype, *shapes]
-        status, said = _run(command, device, budget)
-        result: dict[str, Any] = {"output": said.strip().splitlines()}
-        if status:
-            result["error"] = f"ended with status {status}: {said[-2000:]}"
-        # It is written after each shape class.
-        return result | ({"tuning": json.loads(path.read_text())} if path.exists() else {})
-
-
-def grid(device: torch.device, budget: float, save: Save) -> dict[str, Any]:
+def grid(device: torch.device, budget: float, record: Record) -> None:
     """One layer against the bare frozen linear, PEFT's AdaMSS and LoRA."""
-    return importlib.import_module("grid").run(device, budget, save)
+    importlib.import_module("grid").run(device, budget, record)
 
 
-def step(device: torch.device, budget: float, save: Save) -> dict[str, Any]:
+def step(device: torch.device, budget: float, record: Record) -> None:
     """A training step of a 3B-Llama-shaped model."""
-    return importlib.import_module("llama_step").run(device, budget, save)
+    importlib.import_module("llama_step").run(device, budget, record)
 
 
-def asa(device: torch.device, budget: float, save: Save) -> dict[str, Any]:
+def asa(device: torch.device, budget: float, record: Record) -> None:
     """An importance update and a pruning event over 48 layers."""
     import adamss_kernels
 
@@ -149,23 +108,51 @@ def asa(device: torch.device, budget: float, save: Save) -> dict[str, Any]:
         "update": lambda: allocator.update_and_allocate(config.init_warmup + 1),
         "event": lambda: allocator.update_and_allocate(config.mask_interval),
     }
-    times = interleaved(calls, device, rounds=5)
-    return {"rows": [{"step": name, "layers": layers, "seconds": value} for name, value in times.items()]}
+    for name, value in interleaved(calls, device, rounds=5).items():
+        record({"step": name, "layers": layers, "seconds": value})
 
 
-STAGES: dict[str, Callable[[torch.device, float, Save], dict[str, Any]]] = {
-    stage.__name__: stage for stage in (build, tests, tune, grid, step, asa, sanitize)
+def sanitize(device: torch.device, budget: float, record: Record) -> None:
+    """The kernels on small shapes under compute-sanitizer: memory errors, then races in shared memory."""
+    deadline = time.monotonic() + budget
+    program = [sys.executable, str(ROOT / "bench" / "small_shapes.py"), "--device", device.type]
+    tool = shutil.which("compute-sanitizer")
+    for backend, check in itertools.product(("cuda", "triton"), ("memcheck", "racecheck")):
+        reason = ops.implementation(backend).unavailable(device.type, torch.float32)
+        left = deadline - time.monotonic()
+        if reason is not None or left < 5:
+            record({"backend": backend, "check": check, "skipped": reason or "no time left"})
+            continue
+        prefix = sanitizer(tool, backend, check) if tool and device.type == "cuda" else []
+        # Without torch's caching allocator, an access past the end of a tensor is one past the end of an allocation.
+        variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        status, said = _run([*prefix, *program, "--backend", backend], device, left, **variables)
+        watched = check if prefix else f"{check}: run without the sanitizer"
+        # The sanitizer's own last word, or the program's: a status alone does not show that anything was watched.
+        last = next((line for line in reversed(said.splitlines()) if line.strip()), "")
+        row = {"backend": backend, "check": watched, "status": status, "said": last[:200]}
+        record(row | ({"error": f"{said[:2000]} ... {said[-2000:]}"} if status else {}))
+
+
+def sanitizer(tool: str, backend: str, check: str) -> list[str]:
+    """Return the command before the one that is checked."""
+    # cuBLAS's and torch's kernels are not ours to check, and take longest; many of them end in `_kernel`, too. Theirs
+    # are mangled (_Z...), Triton's are not. Torch asks the driver for much that it does not have.
+    ours = "kns=adamss" if backend == "cuda" else "regex=^_[a-z]"
+    return [tool, "--tool", check, "--error-exitcode", "3", "--report-api-errors", "no", "--kernel-name", ours]
+
+
+STAGES: dict[str, Callable[[torch.device, float, Record], None]] = {
+    stage.__name__: stage for stage in (build, tests, probe, grid, step, asa, sanitize)
 }
 
 
 def _run(command: list[str], device: torch.device, limit: float, **variables: str) -> tuple[int, str]:
-    """Run a command from the source tree; return its status, 124 where it was stopped, and all that it said by then.
-
-    On the CPU the Triton kernels go through the interpreter, and nobody is in a hurry.
-    """
+    """Run a command from the source tree; return its status, 124 where it was stopped, and all that it said by then."""
+    if limit < 1:
+        return 124, "no time left"
     if device.type == "cpu":
         variables["TRITON_INTERPRET"] = "1"
-        limit *= 10
     # A group of its own, so that what the command has started ends with it and does not keep the GPU busy; a file,
     # since whoever holds a pipe open keeps its reader waiting.
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
@@ -191,38 +178,40 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             process.wait(3)
 
 
-def _child(stage: str, device: torch.device, budget: float, out: Path) -> int:
-    """Run one stage in this process and write its JSON, as far as it has come each time that it saves."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(124))
-    start, about = time.perf_counter(), environment(device)
-
-    def save(result: dict[str, Any]) -> None:
-        record = {"stage": stage, "environment": about, "seconds": time.perf_counter() - start, **result}
-        text = json.dumps(record, indent=1) + "\n"
-        replace_file(out / f"{stage}.json", lambda scratch: scratch.write_text(text))
-
-    try:
-        result = STAGES[stage](device, budget, save)
-    except Exception as error:  # a stage that fails must not take the others with it
-        result = {"error": f"{type(error).__name__}: {error}"}
-    save(result)
-    return int("error" in result)
+def append(path: Path, row: Row) -> None:
+    """Add a line to a result file."""
+    with path.open("a") as file:
+        file.write(json.dumps(results.rounded(row)) + "\n")
 
 
-def _summary(records: list[dict[str, Any]]) -> str:
+def share(stage: str, later: list[str], left: float) -> float:
+    """Return a stage's part of the seconds that are left."""
+    return left * SHARES[stage] / (SHARES[stage] + sum(SHARES[name] for name in later))
+
+
+def seconds_left(total: float) -> float:
+    """Return in how many seconds the last stage has to be told to end, counted from when bench/gpu.sh began."""
+    return float(os.environ.get("ADAMSS_BENCH_BEGAN") or _IMPORTED) + total - GRACE - time.time()
+
+
+def run_stage(stage: str, device: torch.device, budget: float, path: Path) -> Row:
+    """Run a stage in a process of its own, which adds its rows to `path`; return how it ended."""
+    command = [sys.executable, __file__, "--stage", stage, "--device", device.type, "--out", str(path.parent)]
+    start = time.monotonic()
+    status, said = _run([*command, "--total", str(budget), "--in-this-process"], device, budget + GRACE / 2)
+    ended: Row = {"stage": stage, "status": status, "seconds": time.monotonic() - start, "budget": budget}
+    return ended | ({"error": said.strip()[-2000:]} if status else {})
+
+
+def summary(environment: Row, rows: list[Row]) -> str:
     """Return all results as Markdown."""
     parts = ["# bench/gpu.sh", ""]
-    parts += [f"- {key}: {value}" for key, value in (records[0]["environment"] if records else {}).items()]
-    for record in records:
-        parts += ["", f"## {record['stage']} ({record['seconds']:.0f} s)", ""]
-        parts += [f"{word}: {record[word]}" for word in ("error", "skipped", "note") if record.get(word)]
-        rows = [row for row in record.get("rows", []) if row]
-        parts += [markdown(rows)] if rows else []
+    parts += [f"- {key}: {value}" for key, value in environment.items()]
+    for stage in dict.fromkeys(row["stage"] for row in rows):
+        own = [{k: v for k, v in row.items() if k != "stage"} for row in rows if row["stage"] == stage]
+        parts += ["", f"## {stage}", "", markdown([row for row in own if "budget" not in row])]
+        parts += [f"\n{row['seconds']:.0f} s; {row.get('error', 'ended')}" for row in own if "budget" in row]
     return "\n".join(parts) + "\n"
-
-
-def _gpu() -> str:
-    return re.sub(r"[^A-Za-z0-9]+", "-", torch.cuda.get_device_name()).strip("-")
 
 
 def main() -> int:
@@ -231,7 +220,7 @@ def main() -> int:
     parser.add_argument("--stage", nargs="+", choices=tuple(STAGES), default=list(STAGES))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path, help="directory for the results; default $OUT, or below bench/results")
-    parser.add_argument("--seconds", type=float, help="instead of each stage's own budget")
+    parser.add_argument("--total", type=float, default=570, help="seconds for all stages together")
     parser.add_argument("--in-this-process", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -239,66 +228,30 @@ def main() -> int:
         print("no CUDA device; --device cpu makes a dry run", file=sys.stderr)
         return 2
     # A dry run measures nothing worth keeping.
-    default = ROOT / "build" / "bench-cpu" if args.device == "cpu" else ROOT / "bench" / "results" / _gpu()
+    default = (
+        ROOT / "build" / "bench-cpu" if args.device == "cpu" else ROOT / "bench" / "results" / results.machine(device)
+    )
     out = Path(args.out or os.environ.get("OUT") or default).resolve()
-    out.mkdir(parents=True, exist_ok=True)
+    path = out / "results.jsonl"
     if args.in_this_process:
-        return _child(args.stage[0], device, args.seconds, out)
+        stage = args.stage[0]
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(124))
+        STAGES[stage](device, args.total, lambda row: append(path, {"stage": stage, **row}))
+        return 0
 
-    records: list[dict[str, Any]] = []
+    out.mkdir(parents=True, exist_ok=True)
+    environment = results.environment(device)
+    results.write(path, environment, [])
     for index, stage in enumerate(args.stage):
-        left = seconds_left() if args.device == "cuda" else TOTAL
-        budget = args.seconds or share(stage, args.stage[index + 1 :], left)
-        path = out / f"{stage}.json"
-        path.unlink(missing_ok=True)
-        if budget < 5:
-            records.append({"stage": stage, "environment": {}, "seconds": 0, "skipped": "no time left"})
-        else:
-            records.append(_stage(stage, device, budget, out))
-        path.write_text(json.dumps(records[-1], indent=1) + "\n")
-        said = records[-1].get("error") or records[-1].get("skipped") or "done"
-        print(f"{stage}: {said[:2000]} ({records[-1]['seconds']:.0f} s)", flush=True)
-        (out / "summary.md").write_text(_summary(records))
-    print(f"wrote {out}")
-    return int(any("error" in record for record in records))
-
-
-def seconds_left() -> float:
-    """Return in how many seconds the last stage has to be told to end, counted from when bench/gpu.sh began."""
-    return float(os.environ.get("ADAMSS_BENCH_BEGAN") or _IMPORTED) + TOTAL - GRACE - time.time()
-
-
-def share(stage: str, later: list[str], left: float) -> float:
-    """Return a stage's part of the seconds that are left: what those after it do not need, up to twice its budget."""
-    return min(2 * BUDGETS[stage], left - sum(BUDGETS[name] for name in later))
-
-
-def _stage(stage: str, device: torch.device, budget: float, out: Path) -> dict[str, Any]:
-    """Run a stage in a process of its own and return its record, or as much of it as there is."""
-    command = [sys.executable, __file__, "--stage", stage, "--device", device.type, "--out", str(out)]
-    start = time.monotonic()
-    with _tuned(out / "tune.json") as tuned:
-        status, said = _run([*command, "--seconds", str(budget), "--in-this-process"], device, budget + GRACE, **tuned)
-    path = out / f"{stage}.json"
-    record = {"stage": stage, "environment": environment(device), "seconds": time.monotonic() - start}
-    record |= json.loads(path.read_text()) if path.exists() else {}
-    if status and "error" not in record:
-        record["error"] = f"ended with status {status}: {said[-2000:]}"
-    record["environment"]["command"] = ["bench/gpu.py", *sys.argv[1:]]
-    return record
-
-
-@contextlib.contextmanager
-def _tuned(path: Path) -> Iterator[dict[str, str]]:
-    """Make a file of the tables in the record of stage `tune`, if there is one; yield what names it to a process."""
-    tables = json.loads(path.read_text()).get("tuning") if path.exists() else None
-    if not tables:
-        yield {}
-        return
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump(tables, file)
-        file.flush()
-        yield {"ADAMSS_TUNING": file.name}
+        budget = share(stage, args.stage[index + 1 :], seconds_left(args.total))
+        ended: Row = {"stage": stage, "status": 0, "seconds": 0.0, "budget": budget, "error": "skipped: no time left"}
+        if budget >= 2:
+            ended = run_stage(stage, device, budget, path)
+        append(path, ended)
+        print(f"{stage}: {ended.get('error', 'done')[-500:]} ({ended['seconds']:.0f} s)", flush=True)
+        (out / "summary.md").write_text(summary(*results.read(path)))
+    print((out / "summary.md").read_text()[-9000:])
+    return int(any(row.get("status") for row in results.read(path)[1]))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, from the source tree, without network: the CUDA library, tests, tuning
-# sweep, benchmarks, sanitizer; both GPU backends.
+# Everything that needs a GPU, from the source tree, without network, in the order of worth: the CUDA library, tests, the
+# card's ceilings and our kernels against them, layers, a training step, ASA, sanitizers.
 #
-#   bench/gpu.sh                          all stages on the GPU; ends within ten minutes, whatever hangs
+#   bench/gpu.sh --total 400              all stages on the GPU, ending within 400 seconds, whatever hangs
 #   bench/gpu.sh --stage grid step        some of them
-#   bench/gpu.sh --device cpu             a dry run with tiny shapes: shows that the script works, times nothing
+#   bench/gpu.sh --device cpu --total 120 a dry run with tiny shapes: shows that the script works, times nothing
 #
-# Results go to --out, or $OUT, or bench/results/<GPU> (a dry run: build/bench-cpu): one JSON per stage, and summary.md.
-# Each is written as it grows, so that a run that is cut short keeps what it has measured.
+# Results go to --out, or $OUT, or bench/results/<GPU> (a dry run: build/bench-cpu): results.jsonl, of which each row is
+# written as it is measured, and summary.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # The first import of torch on a fresh machine can take a minute; it counts, too.
 ADAMSS_BENCH_BEGAN="$(date +%s)"
 export ADAMSS_BENCH_BEGAN
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-exec "${PYTHON:-python3}" bench/gpu.py "$@"
+if [[ -z "${PYTHON:-}" ]]; then
+  if [[ -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; else PYTHON=python3; fi
+fi
+exec "$PYTHON" bench/gpu.py "$@"

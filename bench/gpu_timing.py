@@ -13,7 +13,7 @@ import torch
 from adamss_kernels.cli.bench.measure import captured
 
 # Dense bf16 FLOP/s and bytes/s that a large product, and a large copy, were seen to reach; not the data sheet's.
-PEAKS = {"NVIDIA H200": (790e12, 4.3e12)}
+PEAKS = {"NVIDIA H100": (798e12, 3.0e12), "NVIDIA H200": (790e12, 4.3e12)}
 
 
 def peaks(device: torch.device) -> tuple[float, float] | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,12 +14,14 @@ from torch import Tensor, nn
 
 from adamss_kernels import AdaMSSConfig, FusedAdaMSSLinear, available_backends
 
-# Widths and numbers of tokens, those first that matter most: time may end before the last.
+# (D, N, M), those first that matter most: time may end before the last.
 GRID = {
-    "cuda": ([(4096, 4096), (768, 768), (1024, 1024), (4096, 14336)], [4096, 16, 16384, 1, 256]),
-    "cpu": ([(32, 48)], [20, 1]),
-}
-COMPILED_TOKENS = {"cuda": 4096, "cpu": 20}
+    "cuda": [
+        (4096, 4096, 8192), (768, 768, 16384), (4096, 4096, 1), (4096, 4096, 16), (1024, 1024, 16384), (768, 768, 4096),
+        (4096, 14336, 8192), (768, 768, 1), (4096, 4096, 16384), (1024, 1024, 4096), (4096, 14336, 16),
+    ],
+    "cpu": [(32, 48, 20), (32, 48, 1)],
+}  # fmt: skip
 OPTIONS = {"r": 100, "num_subspaces": 10, "subspace_rank": 3}
 
 
@@ -27,10 +31,12 @@ def contenders(D: int, N: int, device: torch.device, dtype: torch.dtype) -> dict
     linear = nn.Linear(D, N, device=device, dtype=dtype).requires_grad_(False)
     layers: dict[str, nn.Module] = {"linear": linear}
     options = OPTIONS if device.type == "cuda" else {"r": 8, "num_subspaces": 3, "subspace_rank": 2}
+    first = FusedAdaMSSLinear.from_linear(linear, AdaMSSConfig(**options))
+    nn.init.normal_(first.C, std=0.02)
     for name, state in available_backends().items():
-        if state == "available" and not (device.type == "cuda" and name == "native"):
-            layer = FusedAdaMSSLinear.from_linear(linear, AdaMSSConfig(**options, backend=name))
-            nn.init.normal_(layer.C, std=0.02)
+        if state == "available" and name in (("triton", "cuda") if device.type == "cuda" else ("native", "triton")):
+            layer = copy.deepcopy(first)
+            layer.config = dataclasses.replace(layer.config, backend=name)
             layers[f"adamss {name}"] = layer
     try:
         import peft
@@ -48,39 +54,22 @@ def contenders(D: int, N: int, device: torch.device, dtype: torch.dtype) -> dict
     return layers
 
 
-def run(device: torch.device, budget: float, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Time forward without gradients, and forward and backward, eager and in a CUDA graph, until `budget` seconds.
-
-    `save` gets what there is after each size. PEFT's AdaMSS under torch.compile, which takes longest to set up, comes
-    last, on `COMPILED_TOKENS`.
-    """
+def run(device: torch.device, budget: float, record: Callable[[dict[str, Any]], None]) -> None:
+    """Time forward without gradients, and forward and backward, eager and in a CUDA graph, until `budget` seconds."""
     deadline = time.monotonic() + budget
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    widths, tokens = GRID[device.type]
-    sizes = [(*width, M, False) for M in tokens for width in widths]
-    sizes += [(*width, COMPILED_TOKENS[device.type], True) for width in widths]
     built: dict[tuple[int, int], dict[str, nn.Module]] = {}
-    result: dict[str, Any] = {"rows": [], "skipped for time": []}
-    for D, N, M, is_compiled in sizes:
+    for D, N, M in GRID[device.type]:
         if time.monotonic() > deadline:
-            result["skipped for time"].append(f"D={D} N={N} M={M}" + " compiled" * is_compiled)
+            record({"D": D, "N": N, "M": M, "skipped": "no time left"})
             continue
         try:
             if (D, N) not in built:
                 built[D, N] = contenders(D, N, device, dtype)
-            layers = built[D, N]
-            if is_compiled:
-                if "peft adamss" not in layers:
-                    continue
-                # Otherwise the third width runs into dynamo's recompilation limit and goes eager.
-                torch._dynamo.reset()
-                compiled = torch.compile(layers["peft adamss"], dynamic=False)
-                layers = {"linear": layers["linear"], "peft adamss compiled": compiled}
-            result["rows"] += _size(layers, (D, N, M), device, dtype)
+            for row in _size(built[D, N], (D, N, M), device, dtype):
+                record(row)
         except Exception as error:  # the other sizes may still run
-            result["error"] = f"{result.get('error', '')}D={D} N={N} M={M}: {type(error).__name__}: {error}\n"
-        save(result)
-    return result
+            record({"D": D, "N": N, "M": M, "error": f"{type(error).__name__}: {error}".splitlines()[0]})
 
 
 def _size(
@@ -98,7 +87,7 @@ def _size(
             p.requires_grad_(backward)
         calls = {name: _call(layer, x, dy, backward) for name, layer in layers.items()}
         for graph in (False, True) if device.type == "cuda" else (False,):
-            times = interleaved(calls, device, rounds=20 if device.type == "cuda" else 2, graph=graph)
+            times = interleaved(calls, device, rounds=7 if device.type == "cuda" else 2, graph=graph)
             rows += _rows(times, size, backward, graph, dtype, peaks(device))
     return rows
 

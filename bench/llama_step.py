@@ -27,35 +27,30 @@ TOKENS = {"cuda": (4, 1024), "cpu": (2, 8)}
 TARGETS = ["q_proj", "v_proj"]
 
 
-def run(device: torch.device, budget: float, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Time one optimizer step, and record its peak memory, for each method; 8 layers where 28 would take too long.
-
-    `save` gets what there is after each method.
-    """
+def run(device: torch.device, budget: float, record: Callable[[dict[str, Any]], None]) -> None:
+    """Time one optimizer step, and record its peak memory, for each method; 8 layers where 28 would take too long."""
     deadline = time.monotonic() + budget
     try:
         import transformers  # noqa: F401
     except ImportError as error:
-        return {"skipped": f"{error.name} is not installed"}
-    layers, note = SHAPES[device.type]["num_hidden_layers"], ""
-    if layers > 8 and budget < 60:
-        layers, note = 8, "8 layers instead of 28, for time"
-    rows: list[dict[str, Any]] = []
-    result = {"rows": rows, "layers": layers, "note": note, "tokens": TOKENS[device.type]}
+        record({"skipped": f"{error.name} is not installed"})
+        return
+    layers = SHAPES[device.type]["num_hidden_layers"]
+    if budget < 50:
+        layers = min(layers, 8)
+    where = {"layers": layers, "tokens": TOKENS[device.type]}
     for name, adapt in _methods(device).items():
         if time.monotonic() > deadline:
-            rows.append({"method": name, "error": "skipped for time"})
+            record({"method": name, "skipped": "no time left"})
             continue
         try:
-            rows.append({"method": name, **_measure(adapt, device, layers)})
+            record({"method": name, **where, **_measure(adapt, device, layers)})
         except Exception as error:  # out of memory, or whatever another library cannot do
-            rows.append({"method": name, "error": f"{type(error).__name__}: {error}".splitlines()[0]})
-        save(result)
+            record({"method": name, "error": f"{type(error).__name__}: {error}".splitlines()[0]})
         # transformers' models hold themselves: one would still count in the peak of the next method.
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return result
 
 
 def _methods(device: torch.device) -> dict[str, Callable[[nn.Module], nn.Module]]:
@@ -74,9 +69,9 @@ def _methods(device: torch.device) -> dict[str, Callable[[nn.Module], nn.Module]
         return adapt
 
     return {
-        "frozen": lambda model: model.requires_grad_(False),
         "adamss_kernels": lambda model: inject_adamss(model, fused, progress=False),
         "peft lora r=32": with_peft("LoraConfig", r=32),
+        "frozen": lambda model: model.requires_grad_(False),
         "peft adamss": with_peft("AdamssConfig", **options),
     }
 
@@ -108,7 +103,7 @@ def _measure(adapt: Callable[[nn.Module], nn.Module], device: torch.device, laye
     step()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    seconds = interleaved({"step": step}, device, rounds=9 if device.type == "cuda" else 1)["step"]
+    seconds = interleaved({"step": step}, device, rounds=5 if device.type == "cuda" else 1)["step"]
     if isinstance(seconds, str):
         return {"error": seconds}
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None

@@ -347,7 +347,7 @@ def test_rows_of_pruned_subspaces_are_not_written(twin):
     y = torch.full((3, 16), -0.0, dtype=torch.bfloat16)
     S, C = torch.zeros(3, 2), torch.ones(16, 1)
     offsets, active = torch.tensor([0, 1, 2], dtype=torch.int32), torch.tensor([True, False])
-    args = (3, 2, 1, y.data_ptr(), 16, S.data_ptr(), C.data_ptr(), cuda._layout(rows, offsets, active, None))
+    args = (3, 2, 1, y.data_ptr(), 16, S.data_ptr(), C.data_ptr(), cuda.layout_of(rows, offsets, active, None))
     twin.library.delta_fwd(cuda_library.DeltaFwdArgs(0, None, 2, *args))
     assert torch.signbit(y[:, 8:]).all()
     assert not torch.signbit(y[:, :8]).any()

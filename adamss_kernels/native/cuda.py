@@ -26,7 +26,7 @@ from .cuda_library import (
 )
 from .cuda_operands import DTYPES, dense, layout_of, place, pointer
 
-__all__ = ["backward", "describe", "forward", "input_projection", "unavailable"]
+__all__ = ["backward", "describe", "forward", "input_projection", "is_fused", "unavailable"]
 
 
 def unavailable(device_type: str | None = None, dtype: torch.dtype | None = None) -> str | None:
@@ -41,6 +41,11 @@ def unavailable(device_type: str | None = None, dtype: torch.dtype | None = None
     if not torch.cuda.is_available():
         return "no CUDA device"
     return why_not_loaded() or _launch_error()
+
+
+def is_fused(dtype: torch.dtype) -> bool:
+    """Return whether base and update of `dtype` are one kernel on the current GPU; see `cuda_hopper`."""
+    return dtype in cuda_hopper.DTYPES and unavailable("cuda", dtype) is None and cuda_hopper.is_here()
 
 
 @functools.cache

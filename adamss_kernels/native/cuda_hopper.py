@@ -13,7 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .cuda_library import FusedArgs, load
-from .cuda_operands import DTYPES, dense, layout_of, place, pointer
+from .cuda_operands import DTYPES as NUMBERS
+from .cuda_operands import dense, layout_of, place, pointer
+
+DTYPES = (torch.bfloat16, torch.float16)
 
 # Fewer tokens leave most of a tile of 128 rows empty.
 _MIN_TOKENS = 65
@@ -23,7 +26,7 @@ _MAX_RHO_PAD = 64
 def takes(t: Tensor, weight: Tensor, rho: int, bias: Tensor | None = None) -> bool:
     """Return whether the kernel can read `t` (x or dy) and `weight`, and holds `rho` columns of S, and the bias."""
     return (
-        t.dtype in (torch.bfloat16, torch.float16)
+        t.dtype in DTYPES
         and t.shape[0] >= _MIN_TOKENS
         and _is_hopper(t.device)
         and _padded(rho, bias) <= _MAX_RHO_PAD
@@ -33,6 +36,11 @@ def takes(t: Tensor, weight: Tensor, rho: int, bias: Tensor | None = None) -> bo
         and weight.shape[0] % 8 == 0
         and weight.shape[1] % 8 == 0
     )
+
+
+def is_here() -> bool:
+    """Return whether the current GPU runs these kernels."""
+    return _is_hopper(torch.device("cuda", torch.cuda.current_device()))
 
 
 def is_aligned(t: Tensor) -> bool:
@@ -132,8 +140,8 @@ def _operands(
     args = FusedArgs(
         # In the order of csrc/cuda/interface.h; keywords would take longer than a small layer's kernel.
         *place(like),
-        DTYPES[dtype],
-        DTYPES[dtype if basis is None else basis.dtype],
+        NUMBERS[dtype],
+        NUMBERS[dtype if basis is None else basis.dtype],
         like.shape[0],
         weight.shape[1],
         B.shape[0],

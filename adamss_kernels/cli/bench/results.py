@@ -33,7 +33,7 @@ def key(row: Row) -> str:
 def write(path: Path, environment: Row, rows: Iterable[Row]) -> None:
     """Replace the file `path` by `environment` and `rows`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(_rounded(record)) + "\n" for record in ({"environment": environment}, *rows)]
+    lines = [json.dumps(rounded(record)) + "\n" for record in ({"environment": environment}, *rows)]
     replace_file(path, lambda scratch: scratch.write_text("".join(lines)))
 
 
@@ -95,13 +95,13 @@ def machine(device: torch.device) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", torch.cuda.get_device_name(device)).strip("-")
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Return `value` with floats of five digits: more would only be noise."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, dict):
-        return {name: _rounded(part) for name, part in value.items()}
-    return [_rounded(part) for part in value] if isinstance(value, (list, tuple)) else value
+        return {name: rounded(part) for name, part in value.items()}
+    return [rounded(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def _command() -> str:
