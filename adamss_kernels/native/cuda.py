@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..frozen_projection import frozen_projection
 from .cuda_library import (
     DeltaBwdArgs,
     DeltaFwdArgs,
@@ -81,8 +80,7 @@ def forward(
             P = torch.mm(x, At) if basis_bias is None else torch.addmm(basis_bias.to(x.dtype), x, At)
             Q, q = input_projection(None, None, B, offsets, active, x.dtype)
         else:
-            project = input_projection if keep_S else functools.partial(frozen_projection, input_projection)
-            Q, q = project(basis, basis_bias, B, offsets, active, x.dtype)
+            Q, q = input_projection(basis, basis_bias, B, offsets, active, x.dtype)
         S = _product(P if keep_P else x, Q.t(), acc)
         if q is not None:
             S += q
