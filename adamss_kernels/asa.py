@@ -120,8 +120,10 @@ class SubspaceAllocator:
         self._stepped = False
         self._found_inf: Tensor | None = None
         self._scored_steps = 0
-        self._frozen_version: tuple[int, ...] = ()
-        self._summarize_masks()
+        self._seen_masks: list[tuple[Tensor, int]] = []
+        self._frozen: Tensor | None = None
+        for layer in self._layers.values():
+            layer.set_masks()
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Make `optimizer` leave frozen rows alone: each step restores them bit for bit and zeroes their state.
@@ -226,11 +228,9 @@ class SubspaceAllocator:
             stack.load(stack.importance, state_dict["importance"])
             stack.load(stack.uncertainty, state_dict["uncertainty"])
         for name, layer in self._layers.items():
-            layer.trainable.copy_(state_dict["trainable"][name])
-            layer.active.copy_(state_dict["active"][name])
+            layer.set_masks(state_dict["active"][name], state_dict["trainable"][name])
         self._scored_steps = state_dict["scored_steps"]
         self.history = [(step, budget, list(counts)) for step, budget, counts in state_dict["history"]]
-        self._summarize_masks()
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw the active subspaces of every layer over the events so far into the image file `path`.
@@ -294,7 +294,8 @@ class SubspaceAllocator:
         scores = torch.stack(parts).sum(0)
         self._require_finite(step, scores)
 
-        before = self._trained()
+        active, trainable = self._masks()
+        before = active & trainable
         after = before.clone()
         scopes = (
             torch.arange(len(scores), device="cpu").split(self._sizes) if config.asa_scope == "layer" else [slice(None)]
@@ -305,7 +306,10 @@ class SubspaceAllocator:
             budgets.append(scheduled_budget(step, len(candidates), config))
             after[scope] = survivors(step, scores[scope], candidates, budgets[-1], exact=exact, stacklevel=5)
         if not torch.equal(before, after):
-            self._write_masks(after)
+            prune = config.asa_mode == "prune"
+            masks = zip((after if prune else active).split(self._sizes), after.split(self._sizes), strict=True)
+            for layer, (layer_active, layer_trainable) in zip(self._layers.values(), masks, strict=True):
+                layer.set_masks(layer_active, layer_trainable)
         for bank in self._banks():
             bank.reset()
         self._scored_steps = 0
@@ -330,33 +334,20 @@ class SubspaceAllocator:
                         "event could be scored: expected finite gradients"
                     )
 
-    def _write_masks(self, trained: Tensor) -> None:
-        """Set the layers' masks from `trained` (total,) bool on the CPU."""
-        prune = self.config.asa_mode == "prune"
-        names = ("trainable", "active") if prune else ("trainable",)
-        layers = self._layers.values()
-        moved = {layer.active.device: trained.to(layer.active.device).split(self._sizes) for layer in layers}
-        for name in names:
-            new = [moved[layer.active.device][index] for index, layer in enumerate(layers)]
-            torch._foreach_copy_([getattr(layer, name) for layer in layers], new)
-        for layer, count in zip(layers, self._counts(trained), strict=True):
-            layer.learns = count > 0
-            layer.contributes = layer.contributes and (layer.learns or not prune)
-
-    def _summarize_masks(self) -> None:
-        for layer in self._layers.values():
-            if not layer.active.is_meta:
-                layer.summarize_masks()
+    def _masks(self) -> tuple[Tensor, Tensor]:
+        """Return `active` and `trainable` of all layers, (total,) bool on the CPU. The buffers are the truth."""
+        buffers: list[Any] = [layer._buffers for layer in self._layers.values()]
+        on_one_device = len({own["active"].device for own in buffers}) == 1
+        active, trainable = (
+            torch.cat([own[name] if on_one_device else own[name].cpu() for own in buffers]).cpu()
+            for name in ("active", "trainable")
+        )
+        return active, trainable
 
     def _trained(self) -> Tensor:
-        """Return (total,) bool on the CPU: subspaces that are trainable and contribute. The buffers are the truth."""
-        layers = self._layers.values()
-        devices = {layer.active.device for layer in layers}
-        trainable, active = (
-            torch.cat([mask if len(devices) == 1 else mask.cpu() for mask in masks])
-            for masks in ([layer.trainable for layer in layers], [layer.active for layer in layers])
-        )
-        return (trainable & active).cpu()
+        """Return (total,) bool on the CPU: subspaces that are trainable and contribute."""
+        active, trainable = self._masks()
+        return active & trainable
 
     def _counts(self, trained: Tensor) -> list[int]:
         flags = iter(trained.tolist())
@@ -385,21 +376,27 @@ class SubspaceAllocator:
         )
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        # Masks also change by loading a checkpoint; a buffer's version counter tells without reading the device.
-        version = tuple(
-            number
-            for layer in self._layers.values()
-            for mask in (layer._buffers["trainable"], layer._buffers["active"])
-            for number in (id(mask), mask._version)  # type: ignore[union-attr]
-        )
-        if version != self._frozen_version:
+        stacks = self._stacks()
+        if self._masks_may_have_changed():
             frozen = ~self._trained()
-            for stack in self._stacks():
-                stack.freeze(frozen)
-            self._frozen_version = version
+            if self._frozen is None or not torch.equal(frozen, self._frozen):
+                for stack in stacks:
+                    stack.freeze(frozen)
+                self._frozen = frozen
         with torch.no_grad():
-            for stack in self._stacks():
+            for stack in stacks:
                 stack.save_rows()
+
+    def _masks_may_have_changed(self) -> bool:
+        """Whether the masks need a look: always on the CPU, else where a buffer's version counter tells of a change."""
+        masks: list[Any] = [layer._buffers[name] for layer in self._layers.values() for name in ("active", "trainable")]
+        if any(mask.is_cpu for mask in masks):
+            return True
+        before, self._seen_masks = self._seen_masks, [(mask, mask._version) for mask in masks]
+        return len(before) != len(masks) or any(
+            mask is not old or version != old_version
+            for (mask, version), (old, old_version) in zip(self._seen_masks, before, strict=True)
+        )
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._stepped = True

@@ -271,9 +271,7 @@ def _load_adamss(name: str, weight: Tensor, bias: Tensor | None, checkpoint: Che
     basis_bias = None if basis_bias is None else basis_bias.to(weight.device)
     decomposition = Decomposition(basis.to(weight.device), basis_bias, layout, t["B"], t["C"])
     layer = FusedAdaMSSLinear(weight, bias, decomposition, config)
-    layer.active.copy_(t["active"])
-    layer.trainable.copy_(t["trainable"])
-    layer.summarize_masks()
+    layer.set_masks(t["active"], t["trainable"])
     return layer
 
 
