@@ -7,7 +7,7 @@ import logging
 import os
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -188,11 +188,7 @@ class SubspaceAllocator:
         EMAs are in the shape of their parameters, as DTensors where those are. The result is a copy, loads with
         `torch.load(weights_only=True)`, and goes through `torch.distributed.checkpoint`.
         """
-        importance: dict[str, Tensor] = {}
-        uncertainty: dict[str, Tensor] = {}
-        for stack in self._stacks():
-            importance |= stack.export(stack.importance)
-            uncertainty |= stack.export(stack.uncertainty)
+        importance, uncertainty = _averages(self._banks())
         return {
             "importance": importance,
             "uncertainty": uncertainty,
@@ -221,12 +217,11 @@ class SubspaceAllocator:
                     raise ValueError(
                         f"state_dict[{key!r}][{name!r}]: expected shape {tuple(mask.shape)}, got {tuple(stored.shape)}"
                     )
-        for stack in self._stacks():
+        banks = self._banks()
+        for stack in _stacks(banks):
             for key in ("importance", "uncertainty"):
                 stack.require(state_dict[key])
-        for stack in self._stacks():
-            stack.load(stack.importance, state_dict["importance"])
-            stack.load(stack.uncertainty, state_dict["uncertainty"])
+        _load_averages(banks, state_dict["importance"], state_dict["uncertainty"])
         for name, layer in self._layers.items():
             layer.set_masks(state_dict["active"][name], state_dict["trainable"][name])
         self._scored_steps = state_dict["scored_steps"]
@@ -261,18 +256,21 @@ class SubspaceAllocator:
 
     def _banks(self) -> list[ImportanceBank]:
         # Not in __init__: the model may still be moved, cast or sharded.
-        if self._lazy_banks is None:
-            betas = (self.config.asa_importance_beta, self.config.asa_uncertainty_beta)
-            self._lazy_banks = build_banks(self._layers, betas)
-        return self._lazy_banks
-
-    def _stacks(self) -> list[RowStack]:
-        return [stack for bank in self._banks() for stack in bank.stacks]
+        before = self._lazy_banks
+        if before is not None and all(stack.is_current() for bank in before for stack in bank.stacks):
+            return before
+        betas = (self.config.asa_importance_beta, self.config.asa_uncertainty_beta)
+        banks = self._lazy_banks = build_banks(self._layers, betas)
+        self._frozen = None
+        if before is not None:  # the averages follow the parameters
+            _load_averages(banks, *_averages(before))
+        return banks
 
     def _score(self) -> None:
         """Let the EMAs take in this step, unless a gradient is not finite anywhere in the model (on any rank)."""
         banks = self._banks()
-        if all(member.parameter.grad is None for stack in self._stacks() for member in stack.members):
+        stacks = _stacks(banks)
+        if all(parameter.grad is None for stack in stacks for parameter in stack.parameters()):
             raise RuntimeError(
                 "update_and_allocate: no adapted parameter has a gradient; call it after optimizer.step() and before "
                 "optimizer.zero_grad()"
@@ -281,7 +279,7 @@ class SubspaceAllocator:
         if self._found_inf is not None:
             # A fused optimizer under GradScaler runs its hooks also when it skips.
             total = torch.where(self._found_inf.to(total.device, non_blocking=True) == 0, total, torch.nan)
-        for stack in {stack.sharding: stack for stack in self._stacks()}.values():
+        for stack in {stack.sharding: stack for stack in stacks}.values():
             total = stack.reduce(total)
         accumulate(banks, total)
         self._scored_steps += 1
@@ -290,7 +288,8 @@ class SubspaceAllocator:
         """Hold the event at `step`: rank the subspaces, freeze those beyond the budget, restart the EMAs."""
         config = self.config
         exact = config.asa_compat is None
-        parts = [stack.scores(torch.float64 if exact else None) for stack in self._stacks()]
+        banks = self._banks()
+        parts = [stack.scores(torch.float64 if exact else None) for stack in _stacks(banks)]
         scores = torch.stack(parts).sum(0)
         self._require_finite(step, scores)
 
@@ -310,7 +309,7 @@ class SubspaceAllocator:
             masks = zip((after if prune else active).split(self._sizes), after.split(self._sizes), strict=True)
             for layer, (layer_active, layer_trainable) in zip(self._layers.values(), masks, strict=True):
                 layer.set_masks(layer_active, layer_trainable)
-        for bank in self._banks():
+        for bank in banks:
             bank.reset()
         self._scored_steps = 0
         self._record(step, sum(budgets), before, after)
@@ -336,13 +335,16 @@ class SubspaceAllocator:
 
     def _masks(self) -> tuple[Tensor, Tensor]:
         """Return `active` and `trainable` of all layers, (total,) bool on the CPU. The buffers are the truth."""
-        buffers: list[Any] = [layer._buffers for layer in self._layers.values()]
-        on_one_device = len({own["active"].device for own in buffers}) == 1
-        active, trainable = (
-            torch.cat([own[name] if on_one_device else own[name].cpu() for own in buffers]).cpu()
-            for name in ("active", "trainable")
-        )
+        masks = self._mask_buffers()
+        if not all(mask.is_cpu for mask in masks) and len({mask.device for mask in masks}) > 1:
+            masks = [mask.cpu() for mask in masks]
+        active, trainable = torch.cat(masks).cpu().view(2, -1)
         return active, trainable
+
+    def _mask_buffers(self) -> list[Tensor]:
+        """Return `active` of every layer, then `trainable`; past `nn.Module.__getattr__`, as every step asks."""
+        layers = self._layers.values()
+        return [layer._buffers[name] for name in ("active", "trainable") for layer in layers]  # type: ignore[misc]
 
     def _trained(self) -> Tensor:
         """Return (total,) bool on the CPU: subspaces that are trainable and contribute."""
@@ -376,7 +378,7 @@ class SubspaceAllocator:
         )
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        stacks = self._stacks()
+        stacks = _stacks(self._banks())
         if self._masks_may_have_changed():
             frozen = ~self._trained()
             if self._frozen is None or not torch.equal(frozen, self._frozen):
@@ -389,7 +391,7 @@ class SubspaceAllocator:
 
     def _masks_may_have_changed(self) -> bool:
         """Whether the masks need a look: always on the CPU, else where a buffer's version counter tells of a change."""
-        masks: list[Any] = [layer._buffers[name] for layer in self._layers.values() for name in ("active", "trainable")]
+        masks = self._mask_buffers()
         if any(mask.is_cpu for mask in masks):
             return True
         before, self._seen_masks = self._seen_masks, [(mask, mask._version) for mask in masks]
@@ -402,5 +404,27 @@ class SubspaceAllocator:
         self._stepped = True
         self._found_inf = getattr(optimizer, "found_inf", None)
         with torch.no_grad():
-            for stack in self._stacks():
+            for stack in _stacks(self._lazy_banks or ()):
                 stack.restore_rows(optimizer)
+
+
+def _averages(banks: Sequence[ImportanceBank]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return copies of the importance and of the uncertainty of every matrix in `banks`, by its name."""
+    importance: dict[str, Tensor] = {}
+    uncertainty: dict[str, Tensor] = {}
+    for stack in _stacks(banks):
+        importance |= stack.export(stack.importance)
+        uncertainty |= stack.export(stack.uncertainty)
+    return importance, uncertainty
+
+
+def _load_averages(
+    banks: Sequence[ImportanceBank], importance: Mapping[str, Tensor], uncertainty: Mapping[str, Tensor]
+) -> None:
+    for stack in _stacks(banks):
+        stack.load(stack.importance, importance)
+        stack.load(stack.uncertainty, uncertainty)
+
+
+def _stacks(banks: Sequence[ImportanceBank]) -> list[RowStack]:
+    return [stack for bank in banks for stack in bank.stacks]

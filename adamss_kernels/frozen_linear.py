@@ -50,6 +50,16 @@ class FrozenLinear(nn.Module):
         """Whether the update is folded into `weight` and `bias`."""
         return self._original is not None
 
+    @property
+    def original_weight(self) -> nn.Parameter | None:
+        """The parameter that `unmerge` gives back as `weight`; None when not merged. A key of the state dict."""
+        return None if self._original is None else self._original[0]
+
+    @property
+    def original_bias(self) -> nn.Parameter | None:
+        """The parameter that `unmerge` gives back as `bias`, likewise."""
+        return None if self._original is None else self._original[1]
+
     def delta_weight(self) -> Tensor:
         """Return the update of W: (N, D), float32 (float64 for float64 parameters)."""
         raise NotImplementedError
@@ -147,9 +157,9 @@ class FrozenLinear(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, parameter in zip(("original_weight", "original_bias"), self._original or (), strict=False):
-            if parameter is not None:
-                destination[prefix + name] = parameter if keep_vars else parameter.detach()
+        for name, original in (("original_weight", self.original_weight), ("original_bias", self.original_bias)):
+            if original is not None:
+                destination[prefix + name] = original if keep_vars else original.detach()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self.unmerge()

@@ -132,6 +132,18 @@ def test_a_merged_state_dict_applies_the_update_once_in_an_adapted_layer(method,
     assert torch.equal(other.weight, weight)
 
 
+def test_a_merged_state_dict_goes_through_torchs_distributed_checkpoints():
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+    model, x = nn.Sequential(make_layer()), torch.randn(5, 24)
+    y = model(x)
+    model[0].merge()
+    state = copy.deepcopy(get_model_state_dict(model))
+    other = nn.Sequential(make_layer(seed=1))
+    set_model_state_dict(other, state)
+    assert torch.equal(other(x), y)
+
+
 @methods
 def test_an_adapter_saved_from_a_merged_model_is_that_of_the_unmerged_one(method, tmp_path):
     model = nn.Sequential(adapted(method))
