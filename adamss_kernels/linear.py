@@ -256,9 +256,10 @@ class FusedAdaMSSLinear(FrozenLinear):
 
 
 def _is_recording(tensor: Tensor) -> bool:
-    """Whether what is computed now is recorded, or only pretended."""
+    """Whether what is computed now is recorded, transformed, or only pretended: then no value may decide."""
     return (
         torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0
         or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -118,6 +118,16 @@ def test_masks_that_are_exchanged_for_one_call_count_in_that_call(device):
     assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
 
 
+def test_masks_may_differ_within_a_batch_of_calls():
+    layer, x = make_layer().requires_grad_(False), torch.randn(5, 24)
+    expected = torch.stack([F.linear(x, layer.weight, layer.bias), plain(layer, x)])
+    layer.set_masks(active=NONE)
+    got = torch.vmap(lambda active: torch.func.functional_call(layer, {"active": active}, (x,)))(
+        torch.stack([NONE, ALL])
+    )
+    torch.testing.assert_close(got, expected)
+
+
 def test_both_masks_are_set_or_none():
     layer = make_layer()
     with pytest.raises(ValueError, match=r"trainable: expected a bool tensor of shape \(3,\), got torch.float32"):
