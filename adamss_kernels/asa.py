@@ -7,7 +7,7 @@ import logging
 import os
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -120,8 +120,10 @@ class SubspaceAllocator:
         self._stepped = False
         self._found_inf: Tensor | None = None
         self._scored_steps = 0
-        self._frozen_version: tuple[int, ...] = ()
-        self._summarize_masks()
+        self._seen_masks: list[tuple[Tensor, int]] = []
+        self._frozen: Tensor | None = None
+        for layer in self._layers.values():
+            layer.set_masks()
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Make `optimizer` leave frozen rows alone: each step restores them bit for bit and zeroes their state.
@@ -186,11 +188,7 @@ class SubspaceAllocator:
         EMAs are in the shape of their parameters, as DTensors where those are. The result is a copy, loads with
         `torch.load(weights_only=True)`, and goes through `torch.distributed.checkpoint`.
         """
-        importance: dict[str, Tensor] = {}
-        uncertainty: dict[str, Tensor] = {}
-        for stack in self._stacks():
-            importance |= stack.export(stack.importance)
-            uncertainty |= stack.export(stack.uncertainty)
+        importance, uncertainty = _averages(self._banks())
         return {
             "importance": importance,
             "uncertainty": uncertainty,
@@ -219,18 +217,15 @@ class SubspaceAllocator:
                     raise ValueError(
                         f"state_dict[{key!r}][{name!r}]: expected shape {tuple(mask.shape)}, got {tuple(stored.shape)}"
                     )
-        for stack in self._stacks():
+        banks = self._banks()
+        for stack in _stacks(banks):
             for key in ("importance", "uncertainty"):
                 stack.require(state_dict[key])
-        for stack in self._stacks():
-            stack.load(stack.importance, state_dict["importance"])
-            stack.load(stack.uncertainty, state_dict["uncertainty"])
+        _load_averages(banks, state_dict["importance"], state_dict["uncertainty"])
         for name, layer in self._layers.items():
-            layer.trainable.copy_(state_dict["trainable"][name])
-            layer.active.copy_(state_dict["active"][name])
+            layer.set_masks(state_dict["active"][name], state_dict["trainable"][name])
         self._scored_steps = state_dict["scored_steps"]
         self.history = [(step, budget, list(counts)) for step, budget, counts in state_dict["history"]]
-        self._summarize_masks()
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw the active subspaces of every layer over the events so far into the image file `path`.
@@ -261,18 +256,21 @@ class SubspaceAllocator:
 
     def _banks(self) -> list[ImportanceBank]:
         # Not in __init__: the model may still be moved, cast or sharded.
-        if self._lazy_banks is None:
-            betas = (self.config.asa_importance_beta, self.config.asa_uncertainty_beta)
-            self._lazy_banks = build_banks(self._layers, betas)
-        return self._lazy_banks
-
-    def _stacks(self) -> list[RowStack]:
-        return [stack for bank in self._banks() for stack in bank.stacks]
+        before = self._lazy_banks
+        if before is not None and all(stack.is_current() for bank in before for stack in bank.stacks):
+            return before
+        betas = (self.config.asa_importance_beta, self.config.asa_uncertainty_beta)
+        banks = self._lazy_banks = build_banks(self._layers, betas)
+        self._frozen = None
+        if before is not None:  # the averages follow the parameters
+            _load_averages(banks, *_averages(before))
+        return banks
 
     def _score(self) -> None:
         """Let the EMAs take in this step, unless a gradient is not finite anywhere in the model (on any rank)."""
         banks = self._banks()
-        if all(member.parameter.grad is None for stack in self._stacks() for member in stack.members):
+        stacks = _stacks(banks)
+        if all(parameter.grad is None for stack in stacks for parameter in stack.parameters()):
             raise RuntimeError(
                 "update_and_allocate: no adapted parameter has a gradient; call it after optimizer.step() and before "
                 "optimizer.zero_grad()"
@@ -281,7 +279,7 @@ class SubspaceAllocator:
         if self._found_inf is not None:
             # A fused optimizer under GradScaler runs its hooks also when it skips.
             total = torch.where(self._found_inf.to(total.device, non_blocking=True) == 0, total, torch.nan)
-        for stack in {stack.sharding: stack for stack in self._stacks()}.values():
+        for stack in {stack.sharding: stack for stack in stacks}.values():
             total = stack.reduce(total)
         accumulate(banks, total)
         self._scored_steps += 1
@@ -290,11 +288,13 @@ class SubspaceAllocator:
         """Hold the event at `step`: rank the subspaces, freeze those beyond the budget, restart the EMAs."""
         config = self.config
         exact = config.asa_compat is None
-        parts = [stack.scores(torch.float64 if exact else None) for stack in self._stacks()]
+        banks = self._banks()
+        parts = [stack.scores(torch.float64 if exact else None) for stack in _stacks(banks)]
         scores = torch.stack(parts).sum(0)
         self._require_finite(step, scores)
 
-        before = self._trained()
+        active, trainable = self._masks()
+        before = active & trainable
         after = before.clone()
         scopes = (
             torch.arange(len(scores), device="cpu").split(self._sizes) if config.asa_scope == "layer" else [slice(None)]
@@ -305,8 +305,11 @@ class SubspaceAllocator:
             budgets.append(scheduled_budget(step, len(candidates), config))
             after[scope] = survivors(step, scores[scope], candidates, budgets[-1], exact=exact, stacklevel=5)
         if not torch.equal(before, after):
-            self._write_masks(after)
-        for bank in self._banks():
+            prune = config.asa_mode == "prune"
+            masks = zip((after if prune else active).split(self._sizes), after.split(self._sizes), strict=True)
+            for layer, (layer_active, layer_trainable) in zip(self._layers.values(), masks, strict=True):
+                layer.set_masks(layer_active, layer_trainable)
+        for bank in banks:
             bank.reset()
         self._scored_steps = 0
         self._record(step, sum(budgets), before, after)
@@ -330,33 +333,23 @@ class SubspaceAllocator:
                         "event could be scored: expected finite gradients"
                     )
 
-    def _write_masks(self, trained: Tensor) -> None:
-        """Set the layers' masks from `trained` (total,) bool on the CPU."""
-        prune = self.config.asa_mode == "prune"
-        names = ("trainable", "active") if prune else ("trainable",)
-        layers = self._layers.values()
-        moved = {layer.active.device: trained.to(layer.active.device).split(self._sizes) for layer in layers}
-        for name in names:
-            new = [moved[layer.active.device][index] for index, layer in enumerate(layers)]
-            torch._foreach_copy_([getattr(layer, name) for layer in layers], new)
-        for layer, count in zip(layers, self._counts(trained), strict=True):
-            layer.learns = count > 0
-            layer.contributes = layer.contributes and (layer.learns or not prune)
+    def _masks(self) -> tuple[Tensor, Tensor]:
+        """Return `active` and `trainable` of all layers, (total,) bool on the CPU. The buffers are the truth."""
+        masks = self._mask_buffers()
+        if not all(mask.is_cpu for mask in masks) and len({mask.device for mask in masks}) > 1:
+            masks = [mask.cpu() for mask in masks]
+        active, trainable = torch.cat(masks).cpu().view(2, -1)
+        return active, trainable
 
-    def _summarize_masks(self) -> None:
-        for layer in self._layers.values():
-            if not layer.active.is_meta:
-                layer.summarize_masks()
+    def _mask_buffers(self) -> list[Tensor]:
+        """Return `active` of every layer, then `trainable`; past `nn.Module.__getattr__`, as every step asks."""
+        layers = self._layers.values()
+        return [layer._buffers[name] for name in ("active", "trainable") for layer in layers]  # type: ignore[misc]
 
     def _trained(self) -> Tensor:
-        """Return (total,) bool on the CPU: subspaces that are trainable and contribute. The buffers are the truth."""
-        layers = self._layers.values()
-        devices = {layer.active.device for layer in layers}
-        trainable, active = (
-            torch.cat([mask if len(devices) == 1 else mask.cpu() for mask in masks])
-            for masks in ([layer.trainable for layer in layers], [layer.active for layer in layers])
-        )
-        return (trainable & active).cpu()
+        """Return (total,) bool on the CPU: subspaces that are trainable and contribute."""
+        active, trainable = self._masks()
+        return active & trainable
 
     def _counts(self, trained: Tensor) -> list[int]:
         flags = iter(trained.tolist())
@@ -385,25 +378,53 @@ class SubspaceAllocator:
         )
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        # Masks also change by loading a checkpoint; a buffer's version counter tells without reading the device.
-        version = tuple(
-            number
-            for layer in self._layers.values()
-            for mask in (layer._buffers["trainable"], layer._buffers["active"])
-            for number in (id(mask), mask._version)  # type: ignore[union-attr]
-        )
-        if version != self._frozen_version:
+        stacks = _stacks(self._banks())
+        if self._masks_may_have_changed():
             frozen = ~self._trained()
-            for stack in self._stacks():
-                stack.freeze(frozen)
-            self._frozen_version = version
+            if self._frozen is None or not torch.equal(frozen, self._frozen):
+                for stack in stacks:
+                    stack.freeze(frozen)
+                self._frozen = frozen
         with torch.no_grad():
-            for stack in self._stacks():
+            for stack in stacks:
                 stack.save_rows()
+
+    def _masks_may_have_changed(self) -> bool:
+        """Whether the masks need a look: always on the CPU, else where a buffer's version counter tells of a change."""
+        masks = self._mask_buffers()
+        if any(mask.is_cpu for mask in masks):
+            return True
+        before, self._seen_masks = self._seen_masks, [(mask, mask._version) for mask in masks]
+        return len(before) != len(masks) or any(
+            mask is not old or version != old_version
+            for (mask, version), (old, old_version) in zip(self._seen_masks, before, strict=True)
+        )
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._stepped = True
         self._found_inf = getattr(optimizer, "found_inf", None)
         with torch.no_grad():
-            for stack in self._stacks():
+            for stack in _stacks(self._lazy_banks or ()):
                 stack.restore_rows(optimizer)
+
+
+def _averages(banks: Sequence[ImportanceBank]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return copies of the importance and of the uncertainty of every matrix in `banks`, by its name."""
+    importance: dict[str, Tensor] = {}
+    uncertainty: dict[str, Tensor] = {}
+    for stack in _stacks(banks):
+        importance |= stack.export(stack.importance)
+        uncertainty |= stack.export(stack.uncertainty)
+    return importance, uncertainty
+
+
+def _load_averages(
+    banks: Sequence[ImportanceBank], importance: Mapping[str, Tensor], uncertainty: Mapping[str, Tensor]
+) -> None:
+    for stack in _stacks(banks):
+        stack.load(stack.importance, importance)
+        stack.load(stack.uncertainty, uncertainty)
+
+
+def _stacks(banks: Sequence[ImportanceBank]) -> list[RowStack]:
+    return [stack for bank in banks for stack in bank.stacks]

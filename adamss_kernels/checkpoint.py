@@ -19,7 +19,7 @@ from .atomic import replace_file
 from .config import AdaMSSConfig
 from .decompose import Decomposition, augmented, decompose
 from .distributed import full_tensor, is_writer, unwrap, wait_for_writer
-from .frozen_linear import FrozenLinear, plain_linear
+from .frozen_linear import BASE_KEYS, FrozenLinear, plain_linear
 from .layout import SubspaceLayout
 from .linear import FusedAdaMSSLinear
 from .model import adapted_layers, replace_modules, saved_modules
@@ -80,7 +80,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, compact
     }
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        stored = {key: full_tensor(t) for key, t in layer.state_dict().items() if key not in ("weight", "bias")}
+        stored = {key: full_tensor(t) for key, t in layer.state_dict().items() if key not in BASE_KEYS}
         info = header["layers"][name] = {
             "out_features": layer.out_features,
             "in_features": layer.in_features,
@@ -271,9 +271,7 @@ def _load_adamss(name: str, weight: Tensor, bias: Tensor | None, checkpoint: Che
     basis_bias = None if basis_bias is None else basis_bias.to(weight.device)
     decomposition = Decomposition(basis.to(weight.device), basis_bias, layout, t["B"], t["C"])
     layer = FusedAdaMSSLinear(weight, bias, decomposition, config)
-    layer.active.copy_(t["active"])
-    layer.trainable.copy_(t["trainable"])
-    layer.summarize_masks()
+    layer.set_masks(t["active"], t["trainable"])
     return layer
 
 
@@ -285,7 +283,7 @@ def _load_related(name: str, weight: Tensor, bias: Tensor | None, checkpoint: Ch
     N, D = weight.shape
     shape = nn.Linear(D, N, bias=bias is not None, device="meta", dtype=weight.dtype)
     layer = METHODS[info["method"]].from_linear(shape, **info["options"])
-    slots = {key: slot for key, slot in layer.state_dict().items() if key not in ("weight", "bias")}
+    slots = {key: slot for key, slot in layer.state_dict().items() if key not in BASE_KEYS}
     state = {key: checkpoint.take(f"layers.{name}.{key}", tuple(slot.shape)) for key, slot in slots.items()}
     layer.weight, layer.bias = weight, bias
     layer.load_state_dict({key: t.to(weight.device) for key, t in state.items()}, strict=False, assign=True)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+BASE_KEYS = ("weight", "bias", "original_weight", "original_bias")
+"""Names in the state dict of a layer that are not the update's; the last two are there while the layer is merged."""
 
 
 class FrozenLinear(nn.Module):
@@ -13,6 +17,9 @@ class FrozenLinear(nn.Module):
 
     Whatever is a parameter beside `weight` and `bias` is the method's and trains; what the method keeps fixed is a
     buffer.
+
+    The state dict of a merged layer has the merged `weight` and `bias`, right for a plain `nn.Linear` of a model that
+    is saved merged, and beside them `original_weight` and `original_bias`, which an adapted layer takes instead.
 
     Attributes:
         weight: W (N, D), frozen, the parameter of the layer it replaces.
@@ -36,12 +43,22 @@ class FrozenLinear(nn.Module):
         self.weight = weight
         self.register_parameter("bias", None)
         self.bias = bias
-        self._original: tuple[Tensor, Tensor | None] | None = None
+        self._original: tuple[nn.Parameter, nn.Parameter | None] | None = None
 
     @property
     def merged(self) -> bool:
         """Whether the update is folded into `weight` and `bias`."""
         return self._original is not None
+
+    @property
+    def original_weight(self) -> nn.Parameter | None:
+        """The parameter that `unmerge` gives back as `weight`; None when not merged. A key of the state dict."""
+        return None if self._original is None else self._original[0]
+
+    @property
+    def original_bias(self) -> nn.Parameter | None:
+        """The parameter that `unmerge` gives back as `bias`, likewise."""
+        return None if self._original is None else self._original[1]
 
     def delta_weight(self) -> Tensor:
         """Return the update of W: (N, D), float32 (float64 for float64 parameters)."""
@@ -78,34 +95,49 @@ class FrozenLinear(nn.Module):
     def merge(self, *, keep_original_on: str | torch.device = "cpu") -> None:
         """Fold the update into new `weight` and `bias` parameters; a no-op when already merged.
 
-        Parameters that other modules share (tied weights) keep their values. The state dict stays that of the
-        unmerged layer.
+        Parameters that other modules share (tied weights) keep their values. Until `unmerge`, changes of the update
+        or its masks do not count.
 
         Args:
-            keep_original_on: Device that holds the original weight until `unmerge`.
+            keep_original_on: Device that holds the values of the original parameters until `unmerge`. Of a parameter
+                that is held elsewhere too, by a tied module or an optimizer, they stay where they are.
 
         Raises:
             ValueError: The merged weight would not be finite; nothing is changed.
+            TypeError: The weight or bias is no parameter but computed from others, by pruning or a parametrisation.
         """
         if self.merged:
             return
+        own: dict[str, Any] = self._parameters
+        for name in ("weight", "bias"):
+            if name not in own:
+                raise TypeError(f"merge: expected {name} to be a parameter, but it is computed from others (pruned?)")
         weight, bias = self._merged_parameters()
-        self._original = (
-            self.weight.detach().to(keep_original_on, copy=True),
-            None if self.bias is None else self.bias.detach().to(keep_original_on, copy=True),
-        )
+        for name, parameter in (("weight", weight), ("bias", bias)):
+            # With no other reference than those of `own` and this call's argument, nobody sees the values leave.
+            if parameter is not None and sys.getrefcount(own[name]) == 2:
+                _move(own[name], keep_original_on)
+        self._original = (own["weight"], own["bias"])
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Restore the original `weight` and `bias` bit for bit; a no-op when not merged."""
+        """Restore the original `weight` and `bias`, the same parameters, bit for bit; a no-op when not merged.
+
+        Where the merged layer was moved or cast, they follow.
+        """
         if self._original is None:
             return
-        weight, bias = self._original
-        self.weight = nn.Parameter(weight.to(self.weight), requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias.to(self.weight), requires_grad=False)
+        merged = self.weight
+        for name, parameter in zip(("weight", "bias"), self._original, strict=True):
+            if parameter is not None and (parameter.device, parameter.dtype) != (merged.device, merged.dtype):
+                if torch._has_compatible_shallow_copy_type(parameter, merged):
+                    parameter.data = parameter.data.to(merged)
+                else:  # as `nn.Module.to` does
+                    parameter = nn.Parameter(parameter.to(merged), parameter.requires_grad)
+            setattr(self, name, parameter)
         self._original = None
 
     @torch.no_grad()
@@ -119,20 +151,32 @@ class FrozenLinear(nn.Module):
         return linear.train(self.training)
 
     def base_parameters(self) -> tuple[Tensor, Tensor | None]:
-        """Return W and bias without the update, merged or not (then on the device that `merge` was told)."""
-        return self._original or (self.weight.detach(), None if self.bias is None else self.bias.detach())
+        """Return W and bias without the update, merged or not (then where `merge` keeps them)."""
+        weight, bias = self._original or (self.weight, self.bias)
+        return weight.detach(), None if bias is None else bias.detach()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._original is not None:
-            # Loading a merged weight beside the update's parameters would apply the update twice.
-            destination[prefix + "weight"], original_bias = self._original
-            if original_bias is not None:
-                destination[prefix + "bias"] = original_bias
+        for name, original in (("original_weight", self.original_weight), ("original_bias", self.original_bias)):
+            if original is not None:
+                destination[prefix + name] = original if keep_vars else original.detach()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self.unmerge()
+        # Beside the update's parameters the merged weight would apply the update twice.
+        for name in ("weight", "bias"):
+            if prefix + "original_" + name in state_dict:
+                state_dict[prefix + name] = state_dict.pop(prefix + "original_" + name)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _move(parameter: nn.Parameter, device: str | torch.device) -> None:
+    """Move the values of a frozen parameter to `device`, unless a graph needs them where they are."""
+    if parameter.requires_grad or parameter.is_inference() or parameter._use_count() > 1:  # type: ignore[attr-defined]
+        return
+    moved = parameter.data.to(device)
+    if torch._has_compatible_shallow_copy_type(parameter, moved):
+        parameter.data = moved
 
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

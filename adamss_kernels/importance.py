@@ -148,6 +148,7 @@ class RowStack:
         self._share = torch.cat([self._local_rows(share) for _, _, share in parts])
 
         self.device = self._local([example])[0].device
+        self._parameter_dtype = example.dtype
         self.dtype = torch.promote_types(example.dtype, torch.float32)
         self._shape = (sum(self._rows), example.shape[1])
         self.num_elements = self._shape[0] * self._shape[1]
@@ -161,6 +162,12 @@ class RowStack:
         """Take importance, uncertainty, measured and scratch, each (num_elements,), from the bank."""
         shaped = (buffer.view(self._shape) for buffer in buffers)
         self.importance, self.uncertainty, self.measured, self.scratch = shaped
+
+    def is_current(self) -> bool:
+        """Whether the parameters still have the device and dtype that they had when the stack was built."""
+        # Moves and casts change all members alike: the first one tells.
+        first = self.members[0].parameter
+        return first.device == self.device and first.dtype == self._parameter_dtype
 
     def gather(self) -> None:
         """Copy the weights into `measured` and their gradients into `scratch`.
@@ -336,9 +343,7 @@ class ImportanceBank:
         # The library takes plain contiguous matrices; anything else goes through PyTorch.
         self._sizes = array("q", [p.numel() for stack in stacks for p in stack.parameters()])
         self._is_native = native.unavailable(self.device.type, dtype) is None and all(
-            type(p) is nn.Parameter and p.dtype == dtype and p.is_contiguous()
-            for stack in stacks
-            for p in stack.parameters()
+            type(p) is nn.Parameter for stack in stacks for p in stack.parameters()
         )
         self._betas = betas
         # 0-dim tensors, so that the device can zero them for a step that does not count.

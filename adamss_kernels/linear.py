@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,15 @@ from .decompose import Decomposition, decompose
 from .frozen_linear import FrozenLinear, plain_linear
 from .functional import apply
 from .layout import SubspaceLayout, block_diagonal, column_mask
+
+
+class _Idle(NamedTuple):
+    """The masks when none of the active subspaces was trainable, and whether any was active."""
+
+    active: Tensor
+    trainable: Tensor
+    versions: tuple[int, ...]
+    contributes: bool
 
 
 class FusedAdaMSSLinear(FrozenLinear):
@@ -28,10 +37,8 @@ class FusedAdaMSSLinear(FrozenLinear):
         C: (N, r_max), trainable; entries beyond a row's rank are structural zeros.
         row_subspace: (N,) int32 buffer, the subspace that owns each row.
         ranks: (K,) int32 buffer, the rank of each subspace.
-        active: (K,) bool buffer, subspaces that contribute.
-        trainable: (K,) bool buffer, subspaces that get gradients.
-        contributes: Whether any subspace is active, known on the host; without one, forward is the frozen layer's.
-        learns: Whether any active subspace is trainable, known on the host; without one, nothing is kept for backward.
+        active: (K,) bool buffer, subspaces that contribute; see `set_masks`.
+        trainable: (K,) bool buffer, subspaces that get gradients; see `set_masks`.
         config: The `AdaMSSConfig` it was made with.
     """
 
@@ -66,8 +73,7 @@ class FusedAdaMSSLinear(FrozenLinear):
         self.register_buffer("offsets", layout.offsets, persistent=False)
         self.register_buffer("active", torch.ones(layout.num_subspaces, dtype=torch.bool, device=weight.device))
         self.register_buffer("trainable", torch.ones(layout.num_subspaces, dtype=torch.bool, device=weight.device))
-        self.contributes = True
-        self.learns = True
+        self._idle: _Idle | None = None
         self._layout = layout
 
     @classmethod
@@ -106,6 +112,10 @@ class FusedAdaMSSLinear(FrozenLinear):
             weight, bias, B, C = own["weight"], own["bias"], own["B"], own["C"]
         except KeyError:  # `DataParallel`, pruning and parametrisations make them plain attributes
             weight, bias, B, C = self.weight, self.bias, self.B, self.C
+        contributes = learns = True
+        # Compiled code runs again, when the masks may be others: there they are data and no more.
+        if not torch.compiler.is_compiling() and self._idle is not None:
+            contributes, learns = self._still_idle(self._idle)
         return apply(
             x,
             weight,
@@ -118,24 +128,76 @@ class FusedAdaMSSLinear(FrozenLinear):
             buffers["offsets"],
             buffers["active"],
             buffers["trainable"],
-            self.contributes,
-            self.learns,
+            contributes,
+            learns,
             self.config.save_for_backward,
             self.config.backend,
         )
 
+    @torch.no_grad()
+    def set_masks(self, active: Tensor | None = None, trainable: Tensor | None = None) -> None:
+        """Set the masks, so that work which they make superfluous is left out from now on.
+
+        A layer without an active subspace becomes the bare linear layer, one that has none to train keeps nothing for
+        backward. Masks that are changed in any other way count from the next call on, too, but only as data: the layer
+        does all its work until this method is called again. What is compiled, exported or captured in a CUDA graph
+        always takes them as data.
+
+        On a GPU, to read a mask is to wait for the device: give both masks from the CPU where that matters. There a
+        change that PyTorch does not count (through `.data`, or DDP's copy of rank 0's buffers) is not seen while no
+        subspace is left to train.
+
+        Args:
+            active: (K,) bool, subspaces that contribute, on any device; None for as they are.
+            trainable: (K,) bool, subspaces that get gradients, likewise.
+
+        Raises:
+            ValueError: A mask is not a bool tensor of shape (K,); nothing is changed.
+        """
+        for name, mask in (("active", active), ("trainable", trainable)):
+            if mask is not None:
+                self._require_mask(name, mask)
+        buffers = (self.active, self.trainable)
+        for buffer, mask in zip(buffers, (active, trainable), strict=True):
+            if mask is not None:
+                buffer.copy_(mask)
+        self._idle = None
+        if any(type(t) is not Tensor or t.is_meta or t.is_inference() for t in buffers) or _is_recording(buffers[0]):
+            return
+        # What comes from the host need not be waited for.
+        active = (self.active if active is None else active).cpu()
+        trainable = (self.trainable if trainable is None else trainable).cpu()
+        if not (active & trainable).any():
+            self._idle = _Idle(*buffers, tuple(buffer._version for buffer in buffers), bool(active.any()))
+
+    def _still_idle(self, idle: _Idle) -> tuple[bool, bool]:
+        """Return whether any subspace contributes and any learns; True where only the device could tell."""
+        active, trainable = self._buffers["active"], self._buffers["trainable"]
+        assert active is not None and trainable is not None
+        if _is_recording(active):
+            return True, True
+        if active.is_cpu:
+            # Their values are at hand: so no change is missed, whichever way it was made.
+            contributes = bool(active.any())
+            return contributes, contributes and bool((active & trainable).any())
+        is_unchanged = (
+            active is idle.active
+            and trainable is idle.trainable
+            and (active._version, trainable._version) == idle.versions
+        )
+        return (idle.contributes, False) if is_unchanged else (True, True)
+
     def __setattr__(self, name: str, value: Any) -> None:
-        # Kernels read K bytes there, whatever it is.
         if name in ("active", "trainable"):
-            K = self._layout.num_subspaces
-            if not isinstance(value, Tensor) or value.dtype != torch.bool or tuple(value.shape) != (K,):
-                got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"{name}: expected a bool tensor of shape ({K},), got {got}")
+            self._require_mask(name, value)
         super().__setattr__(name, value)
 
-    def summarize_masks(self) -> None:
-        """Set `contributes` and `learns` from the masks: call after editing `active` or `trainable` (synchronises)."""
-        self.contributes, self.learns = torch.stack((self.active.any(), (self.active & self.trainable).any())).tolist()
+    def _require_mask(self, name: str, value: object) -> None:
+        # Kernels read K bytes there, whatever it is.
+        K = self._layout.num_subspaces
+        if not isinstance(value, Tensor) or value.dtype != torch.bool or tuple(value.shape) != (K,):
+            got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{name}: expected a bool tensor of shape ({K},), got {got}")
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
@@ -162,7 +224,14 @@ class FusedAdaMSSLinear(FrozenLinear):
             self.offsets = torch.tensor(starts, dtype=torch.int32, device=self.row_subspace.device)
         # The buffers have been moved or replaced.
         self._layout = self._layout.with_tensors(self.row_subspace, self.offsets)
+        if self._idle is not None:
+            self.set_masks()
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # Copies count their versions anew.
+        self.set_masks()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         ranks = state_dict.get(prefix + "ranks")
@@ -176,8 +245,7 @@ class FusedAdaMSSLinear(FrozenLinear):
         # Rebuilt rather than kept: after `to_empty` the buffer holds garbage.
         self._layout = SubspaceLayout(self.row_subspace, self._layout.ranks)
         self.offsets = self._layout.offsets
-        if not self.active.is_meta:
-            self.summarize_masks()
+        self.set_masks()
 
     def extra_repr(self) -> str:
         """Summarise the layer for `print(model)`."""
@@ -185,3 +253,14 @@ class FusedAdaMSSLinear(FrozenLinear):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"R={self.basis.shape[0]}, K={self._layout.num_subspaces}, RHO={self._layout.rho}, merged={self.merged}"
         )
+
+
+def _is_recording(tensor: Tensor) -> bool:
+    """Whether what is computed now is recorded, transformed, or only pretended: then no value may decide."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+    )

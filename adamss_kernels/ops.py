@@ -102,13 +102,7 @@ def _linear_backward(dy, *args):
     return backward(dy, *args[:-1])
 
 
-def _dispatched_forward(x, weight, bias, basis, basis_bias, B, *args):
-    # Not as a parameter, or `frozen_projection.py` would keep what follows from it: a CUDA graph that torch.compile
-    # recorded would go on reading that after B has changed.
-    return _linear_forward(x, weight, bias, basis, basis_bias, B.detach() if B.is_cuda else B, *args)
-
-
-_library.impl("linear_forward", _dispatched_forward, "CompositeExplicitAutograd")
+_library.impl("linear_forward", _linear_forward, "CompositeExplicitAutograd")
 _library.impl("linear_backward", _linear_backward, "CompositeExplicitAutograd")
 
 

@@ -222,9 +222,9 @@ def test_unmerge_restores_every_bit(method, dtype):
     slack = 16 * torch.finfo(dtype).eps * max(1.0, y.abs().max().item())
     torch.testing.assert_close(layer(x), y, rtol=0, atol=slack)
     torch.testing.assert_close(layer.to_linear()(x), y, rtol=0, atol=slack)
-    for key, tensor in layer.state_dict().items():
-        assert torch.equal(tensor, before.state_dict()[key]), "a merged layer's state dict is the unmerged one"
     layer.unmerge()
+    for key, tensor in layer.state_dict().items():
+        assert torch.equal(tensor, before.state_dict()[key]), key
     assert torch.equal(layer.weight, before.weight)
     assert torch.equal(layer(x), y)
 

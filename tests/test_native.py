@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from ctypes import c_int64, c_void_p
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from conftest import make_problem
 from test_gradients import naive, relative_error
 
 from adamss_kernels import AdaMSSConfig, SubspaceAllocator, adamss_linear, inject_adamss, native
-from adamss_kernels.native.library import load
+from adamss_kernels.native.library import _NAME, _find, load
 
 ROOT = Path(__file__).parent.parent
 ISAS = load().isas
@@ -83,19 +85,43 @@ def test_every_instruction_set_keeps_the_numerics_contract(isa, dtype, shape, mo
         assert error <= allowed, (name, error, allowed)
 
 
-def test_the_number_of_threads_changes_no_bit():
-    problem = make_problem(M=1000, D=48, N=40, R=8, dtype=torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["projection", "input"])
+def test_the_number_of_threads_changes_no_bit(dtype, mode):
+    problem = make_problem(M=9001, D=48, N=40, R=8).to(dtype, torch.float32)
     runs, threads = [], torch.get_num_threads()
     try:
-        for count in (1, 2, 3):
+        for count in (1, 2, 3, 64):
             torch.set_num_threads(count)
             # The base GEMM is PyTorch's: only what the library computes is compared.
-            y = adamss_linear(*problem.operands, backend="native")
+            y = adamss_linear(*problem.operands, save_for_backward=mode, backend="native")
             runs.append(torch.autograd.grad(y, (problem.B, problem.C), torch.ones_like(y)))
     finally:
         torch.set_num_threads(threads)
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+def test_the_backward_of_many_tokens_has_work_for_64_threads():
+    """Counted at the library's door to torch's threads, on sizes of which nothing but the tokens is large."""
+    library = ctypes.CDLL(str(_find(_NAME)))
+    task = ctypes.CFUNCTYPE(None, c_int64, c_int64, c_void_p)
+    blocks = []
+
+    @ctypes.CFUNCTYPE(ctypes.c_int32, c_int64, c_int64, c_int64, task, c_void_p)
+    def run_serially(begin, end, grain, run, context):
+        blocks.append(end - begin)
+        run(begin, end, context)
+        return 0
+
+    problem, isa = make_problem(M=9001, D=48, N=40, R=8, dtype=torch.float32), load().isa()
+    y = adamss_linear(*problem.operands, backend="native")
+    assert library.adamss_cpu_init(ctypes.cast(run_serially, c_void_p), isa.encode()) == 0
+    try:
+        torch.autograd.grad(y, (problem.x, problem.B, problem.C), torch.ones_like(y))
+    finally:
+        load().use_isa(isa)
+    assert 64 <= max(blocks) < 9001 / 64, "shares of the tokens, each of some blocks"
 
 
 def test_the_operators_keep_no_reference_to_what_they_are_given():
@@ -167,12 +193,29 @@ def sanitized(tmp_path_factory) -> Path:
     return next(folder.rglob("adamss_fuzz")).parent
 
 
+def fuzz(driver: Path) -> str:
+    """Run `driver` for some seconds from the seed in ADAMSS_FUZZ_SEED, or else a new one, and return what it prints."""
+    seed = os.environ.get("ADAMSS_FUZZ_SEED") or str(int.from_bytes(os.urandom(4), "little"))
+    result = subprocess.run([driver, "8", seed], capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise AssertionError(f"again with ADAMSS_FUZZ_SEED={seed}:\n{result.stdout}{result.stderr}")
+    return result.stdout
+
+
 def test_fuzzing_under_sanitizers_finds_nothing(sanitized):
-    seed = str(int.from_bytes(os.urandom(4), "little"))
-    command = [sanitized / "adamss_fuzz", "8", seed]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-    print(result.stdout)
+    print(fuzz(sanitized / "adamss_fuzz"))
+
+
+def test_what_fuzzing_finds_can_be_found_again(tmp_path, monkeypatch):
+    driver = tmp_path / "driver"
+    driver.write_text('#!/bin/sh\necho "seed $2"\nexit 1\n')
+    driver.chmod(0o755)
+    monkeypatch.delenv("ADAMSS_FUZZ_SEED", raising=False)
+    with pytest.raises(AssertionError, match=r"ADAMSS_FUZZ_SEED=(\d+):\nseed \1\n"):
+        fuzz(driver)
+    monkeypatch.setenv("ADAMSS_FUZZ_SEED", "20")
+    with pytest.raises(AssertionError, match="ADAMSS_FUZZ_SEED=20:\nseed 20\n"):
+        fuzz(driver)
 
 
 def test_the_backend_is_clean_under_sanitizers(sanitized):

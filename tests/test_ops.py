@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 from conftest import CPU_BACKENDS, make_problem
@@ -42,20 +40,6 @@ def test_backward_passes_opcheck(backend, projection, needs, dtype):
     mask = torch.tensor([True, False, True])
     args = (dy, x, S, P if projection else None, weight, *rest, mask, mask, needs, backend)
     torch.library.opcheck(backward_operator, args)
-
-
-def test_a_compiled_graph_keeps_nothing_that_follows_from_a_frozen_parameter(monkeypatch):
-    """What it recorded would be read again after the parameter has changed in place."""
-    seen = []
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    monkeypatch.setattr("adamss_kernels.ops._linear_forward", lambda x, *args: seen.append(args[4]))
-    x, weight, bias, basis, basis_bias, B, *rest = raw_operands()
-    B = torch.nn.Parameter(B, requires_grad=False)
-    with contextlib.suppress(RuntimeError, TypeError):  # nothing is returned
-        forward_operator(x, weight, bias, basis, basis_bias, B, *rest, None, False, False, "reference")
-    (handed,) = seen
-    assert not isinstance(handed, torch.nn.Parameter)
-    assert handed.data_ptr() == B.data_ptr()
 
 
 def test_auto_is_overridden_by_the_environment(monkeypatch):

@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 from adamss_kernels import apply_adamss_kernels, revert_adamss_kernels
 
@@ -363,6 +364,56 @@ def test_a_layer_whose_base_does_more_than_a_linear_computes_what_stock_peft_com
         fused.base_model.model.blocks[0]["query"](x := torch.randn(3, WIDTH)),
         plain.base_model.model.blocks[0]["query"](x),
     )
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda base: prune.l1_unstructured(base, "weight", 0.5),
+        lambda base: prune.l1_unstructured(base, "bias", 0.5),
+        lambda base: parametrize.register_parametrization(base, "weight", nn.Tanh()),
+    ],
+    ids=["pruned weight", "pruned bias", "parametrised weight"],
+)
+def test_a_layer_whose_base_computes_its_weight_computes_what_stock_peft_computes(compute, when):
+    plain = randomise(stock())
+    fused = copy.deepcopy(plain)
+    if when == "after":
+        apply_adamss_kernels(fused)
+    for model in (plain, fused):
+        compute(model.base_model.model.blocks[0]["query"].base_layer)
+    apply_adamss_kernels(fused)
+    torch.testing.assert_close(fused(ids()), plain(ids()), rtol=1e-5, atol=1e-5)
+    for model in (plain, fused):
+        model(ids()).sum().backward()
+    for (name, p), q in zip(plain.named_parameters(), fused.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None:
+            torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda layer: layer.adamss_newB["default"].mul_(2),
+        lambda layer: layer.adamss_newB["default"][:, -1].fill_(3),
+        lambda layer: layer.adamss_newB.update({"default": layer.adamss_newB["default"] * 2}),
+        lambda layer: layer.double().float().adamss_newB["default"].mul_(2),
+    ],
+    ids=["in place", "its last column", "replaced", "after a cast"],
+)
+def test_a_basis_that_is_changed_is_the_one_of_the_next_call(edit):
+    plain, fused = (model.base_model.model.blocks[0]["query"] for model in map(randomise, pair()))
+    x = torch.randn(3, WIDTH)
+    y = fused(x)
+    edit(fused)
+    # A copy counts its versions anew, and may arrive at the number that was remembered.
+    copied = copy.deepcopy(fused)
+    edit(plain)
+    assert not torch.allclose(plain(x), y)
+    torch.testing.assert_close(fused(x), plain(x))
+    torch.testing.assert_close(copied(x), plain(x))
 
 
 @pytest.mark.parametrize(

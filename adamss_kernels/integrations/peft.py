@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import peft
@@ -31,14 +31,16 @@ class PackedIndex(nn.Module):
     Everything follows from PEFT's row assignment and basis, so nothing is in the state dict.
 
     Attributes:
-        basis: A (R, D), the contiguous first D columns of `adamss_newB`.
+        basis: A (R, D), the contiguous first D columns of `adamss_newB` as it was when last cut.
         basis_bias: a (R,), its last column, or None for a layer without a bias.
+        bias: Whether there is such a column.
         row_subspace, offsets: As in `SubspaceLayout`.
         ragged_index: See `SubspaceLayout.ragged_index`.
         trainable: (K,) bool, the subspaces that are not frozen; only valid for the flags it was made of.
         r_max: Columns of the packed C.
     """
 
+    bias: bool
     basis: Tensor
     basis_bias: Tensor | None
     row_subspace: Tensor
@@ -51,13 +53,39 @@ class PackedIndex(nn.Module):
         super().__init__()
         self.r_max = layout.r_max
         self.flags = [True] * layout.num_subspaces
-        self.register_buffer("basis", (new_B[:, :-1] if bias else new_B).detach().contiguous(), persistent=False)
-        self.register_buffer("basis_bias", new_B[:, -1].detach().contiguous() if bias else None, persistent=False)
+        self.bias = bias
+        self.register_buffer("basis", None, persistent=False)
+        self.register_buffer("basis_bias", None, persistent=False)
+        self.cut(new_B)
         self.register_buffer("row_subspace", layout.row_subspace, persistent=False)
         self.register_buffer("offsets", layout.offsets, persistent=False)
         self.register_buffer("ragged_index", layout.ragged_index(), persistent=False)
         trainable = torch.tensor(self.flags, device=layout.offsets.device)
         self.register_buffer("trainable", trainable, persistent=False)
+
+    def cut(self, new_B: Tensor) -> None:
+        """Take basis and bias column from `new_B`."""
+        self.basis = (new_B[:, :-1] if self.bias else new_B).detach().contiguous()
+        self.basis_bias = new_B[:, -1].detach().contiguous() if self.bias else None
+        self._cut_from = None if new_B.is_inference() else (new_B, new_B._version)
+
+    def follow(self, new_B: Tensor) -> None:
+        """Take them again where `new_B` is another tensor than last time, or was changed in place."""
+        if torch.compiler.is_compiling():
+            return
+        cut_from = self._cut_from
+        if cut_from is None or new_B is not cut_from[0] or new_B._version != cut_from[1]:
+            self.cut(new_B)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedIndex:
+        super()._apply(fn, recurse)
+        self._cut_from = None
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # Copies count their versions anew.
+        self._cut_from = None
 
     def mask(self, flags: list[bool]) -> Tensor | None:
         """Return `flags` (one per subspace) as a device tensor, made again only when they change; None if all hold."""
@@ -124,6 +152,7 @@ class FusedAdamssLinear(PeftLinear):
     def _packed(self, adapter: str, index: PackedIndex) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return B (RHO, R), C (N, r_max) and the mask of the subspaces that are not frozen."""
         modules: Any = self._modules
+        index.follow(modules["adamss_newB"]._buffers[adapter])
         As = list(modules["adamss_A"]._modules[adapter]._parameters.values())
         Bs = list(modules["adamss_B"]._modules[adapter]._parameters.values())
         flags = [A.requires_grad or B.requires_grad for A, B in zip(As, Bs)]  # noqa: B905 (keywords cost time here)
@@ -235,7 +264,8 @@ def apply_adamss_kernels(model: nn.Module, *, asa_compat: str | None = "peft", b
     The layers change their class and nothing else: parameters, names, state dict, checkpoints and every PEFT method
     (`disable_adapter`, `merge_adapter`, `set_adapter`, `add_adapter`, ...) stay as they are, optimizers stay valid, and
     stock PEFT loads what is saved. What PEFT adds to the model later is fused too. A layer whose base is not exactly
-    an `nn.Linear`, has hooks, or has a quantised or sharded weight, keeps computing what stock PEFT computes.
+    an `nn.Linear`, has hooks, or has a weight that is quantised, sharded or computed from others (by pruning or a
+    parametrisation), keeps computing what stock PEFT computes.
 
     Args:
         model: A `PeftModel`, or a model into which PEFT has injected AdaMSS layers; changed in place.
@@ -309,7 +339,7 @@ def _fuse_layer(name: str, layer: Any, backend: str) -> None:
 def _is_bare_linear(base: Any) -> bool:
     """Whether calling `base` computes x W^T + bias with a plain W, and nothing else."""
     return type(base) is nn.Linear and not (
-        type(base._parameters["weight"]) is not nn.Parameter
+        type(base._parameters.get("weight")) is not nn.Parameter  # none where it is computed, as by pruning
         or base._forward_hooks
         or base._forward_pre_hooks
         or base._backward_hooks

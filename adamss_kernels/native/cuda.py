@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..frozen_projection import frozen_projection
 from . import cuda_hopper
 from .cuda_library import (
     DeltaBwdArgs,
@@ -89,8 +88,7 @@ def forward(
         if keep_P:
             Q, q = input_projection(None, None, B, offsets, active, x.dtype)
         else:
-            project = input_projection if keep_S else functools.partial(frozen_projection, input_projection)
-            Q, q = project(basis, basis_bias, B, offsets, active, x.dtype)
+            Q, q = input_projection(basis, basis_bias, B, offsets, active, x.dtype)
         S = _product(P if keep_P else x, Q.t(), acc)
         if q is not None:
             S += q

@@ -20,16 +20,23 @@ def measure_importance(
     """Write |w * g| of every matrix, one after the other, into `measured`.
 
     Args:
-        weights: Contiguous CPU tensors of the dtype of `measured`.
+        weights: Matrices.
         grads: Their gradients; None stands for zero.
         sizes: Elements of each matrix, as int64.
         measured: (sum of the sizes,) float32 or float64, contiguous.
 
     Returns:
-        The sum, finite exactly when all elements are; None, with nothing written, where a gradient is of another dtype
-        or not contiguous.
+        The sum, finite exactly when all elements are; None, with nothing written, where a weight or gradient is not
+        contiguous or of another dtype, or a weight not on the CPU or not as large as told.
     """
     dtype = measured.dtype
+    if (
+        not all(map(Tensor.is_contiguous, weights))
+        or not all([weight.is_cpu for weight in weights])  # noqa: C419 (a generator takes longer)
+        or {weight.dtype for weight in weights} != {dtype}
+        or array("q", map(Tensor.numel, weights)) != sizes
+    ):
+        return None
     addresses = array("q")
     for grad in grads:
         if grad is None:

@@ -13,7 +13,6 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..frozen_projection import frozen_projection
 from . import tuning
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -91,10 +90,7 @@ def forward(
     with _current(x.device):
         B, C, bias, active = _contiguous(B, C, bias, active)
         arch = tuning.arch_of(x.device)
-        if keep_S or keep_P:
-            Q, q = launch.input_projection(basis, basis_bias, B, offsets, active, x.dtype)
-        else:
-            Q, q = frozen_projection(launch.input_projection, basis, basis_bias, B, offsets, active, x.dtype)
+        Q, q = launch.input_projection(basis, basis_bias, B, offsets, active, x.dtype)
         rows = (row_subspace, offsets, active)
         form, config = _forward_plan(x, weight, basis, B, keep_P, arch)
         if form == "fused":

@@ -253,7 +253,6 @@ adamss_status backward_bfloat16(const adamss_backward_args& args) {
         pack_rows(W_rows.data(), N, pair * PAIR, D - pair * PAIR, tiles);
     });
 
-    const Shares shares(args.M);
     const bool masked = !columns.is_all;
     const bfloat16* const source = static_cast<const bfloat16*>(args.P ? args.P : args.x);
     const int64_t width = args.P ? args.R : D, stride = args.P ? args.stride_pm : args.stride_xm;
@@ -261,6 +260,7 @@ adamss_status backward_bfloat16(const adamss_backward_args& args) {
     const int64_t size_dC = args.dC ? round_up(N * args.r_max, ROWS) : 0;
     // Whole cache lines, so that no row of a tile straddles two.
     const int64_t size = size_dQ + size_dC + round_up(learning, ROWS);
+    const Shares shares(args.M, D, size);
     Buffer<float> partial(shares.count * size, UNINITIALISED);
     parallel_blocks(shares.count, [&](int64_t share) {
         const TilesInUse tiles;

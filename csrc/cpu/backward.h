@@ -181,11 +181,13 @@ void write_W_updated(const adamss_backward_args& args, const Columns& columns, c
     });
 }
 
-// Tokens are summed over in fixed shares, so that sums do not depend on the number of threads.
+// Tokens are summed over in fixed shares, so that sums do not depend on the number of threads. With many tokens there
+// are as many shares as cost, in sums to write and add up, an eighth of a pass over dx.
 struct Shares {
     int64_t tokens, count;  // none of them is empty, but that of no token
-    explicit Shares(int64_t M)
-        : tokens(round_up(larger(1, M / larger(1, smaller(M / 128, 16))), BLOCK_M)),
+    Shares(int64_t M, int64_t D, int64_t sums)
+        : tokens(round_up(larger(1, M / larger(1, smaller(M / 128, larger(16, M * D / (8 * larger(1, sums)))))),
+                          BLOCK_M)),
           count(larger(1, (M + tokens - 1) / tokens)) {}
 };
 
@@ -213,13 +215,13 @@ adamss_status backward(const adamss_backward_args& args) {
         if (args.W_updated) write_W_updated<T>(args, columns, projection);
     if (!args.dx && !args.dB && !args.dC) return ADAMSS_UPDATE;
 
-    const Shares shares(args.M);
     const int64_t width = args.P ? args.R : args.D;
     const int64_t size_dQ = args.dB ? learning * width : 0;
     const int64_t size_dC = !args.dC         ? 0
                             : dC_by_subspace ? rows.rows.places * rows.stride
                                              : coefficients.r_max * coefficients.stride;
     const int64_t size = size_dQ + learning + size_dC;
+    const Shares shares(args.M, args.D, size);
     Buffer<T> partial(shares.count * size, UNINITIALISED);
 
     parallel_blocks(shares.count, [&](int64_t share) {

@@ -269,6 +269,8 @@ int main(int count, char** arguments) {
     const double seconds = count > 1 ? std::atof(arguments[1]) : 5;
     const uint64_t seed = count > 2 ? std::strtoull(arguments[2], nullptr, 10) : 0;
     generator.seed(seed);
+    std::printf("seed %llu\n", (unsigned long long)seed);
+    std::fflush(stdout);  // a sanitizer ends the process without that
     std::vector<std::string> isas;
     std::istringstream names(adamss_cpu_isas());
     for (std::string name; names >> name;) isas.push_back(name);
@@ -280,6 +282,6 @@ int main(int count, char** arguments) {
             one_case<float>(), one_case<double>(), one_case<bfloat16>();
             cases += 3;
         }
-    std::printf("%lld cases on %s, seed %llu; largest error %.2g of what rounding explains\n", (long long)cases,
-                adamss_cpu_isas(), (unsigned long long)seed, worst);
+    std::printf("%lld cases on %s; largest error %.2g of what rounding explains\n", (long long)cases,
+                adamss_cpu_isas(), worst);
 }

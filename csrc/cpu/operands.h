@@ -39,9 +39,11 @@ struct Columns {
 // Without rows or subspaces, for what is not wanted.
 inline adamss_layout no_rows(const adamss_layout& l) { return {0, 0, nullptr, l.offsets, nullptr, nullptr}; }
 
-// How many of `count` columns make a block: all where the work is not worth a thread, else a sixteenth of them.
+// How many of `count` columns make a block: all where the work is not worth a thread, else a sixteenth of them, or as
+// few as are worth a thread of their own.
 inline int64_t columns_per_block(int64_t count, int64_t work_per_column, int64_t multiple) {
-    return round_up(count * work_per_column < WORTH_A_THREAD ? count : (count + 15) / 16, multiple);
+    const int64_t threads = count * work_per_column / WORTH_A_THREAD, blocks = threads ? larger(16, threads) : 1;
+    return round_up((count + blocks - 1) / blocks, multiple);
 }
 
 template <class F>

@@ -263,9 +263,9 @@ extern "C" const char* adamss_cpu_register(const char* libtorch) {
     ADAMSS_TORCH_CONSTANTS(F)
 #undef F
     // Kept for as long as the process lives: deleting it would take the operators away.
-    void* library;
+    LibraryHandle library;
     const int32_t failed = shim.aoti_torch_library_init_impl("adamss_kernels", "CPU", __FILE__, __LINE__, &library) ||
-                           shim.torch_library_impl(library, "native_forward", forward, shim.aoti_torch_abi_version) ||
-                           shim.torch_library_impl(library, "native_backward", backward, shim.aoti_torch_abi_version);
+                           shim.torch_library_impl(library, "native_forward", forward, ABI_VERSION) ||
+                           shim.torch_library_impl(library, "native_backward", backward, ABI_VERSION);
     return failed ? "torch_library_impl" : nullptr;
 }

@@ -14,13 +14,18 @@ namespace adamss::torch {
 // optional a pointer to a value (null for none), owned likewise.
 typedef struct AtenTensorOpaque* Handle;
 typedef struct StableListOpaque* ListHandle;
+typedef struct TorchLibraryOpaque* LibraryHandle;
 typedef uint64_t Value;
 typedef void (*Kernel)(Value* stack, uint64_t inputs, uint64_t outputs);
 
-// All return 0 for success. F(name, arguments).
+// The oldest torch that has all of these, in torch's encoding: its conventions are the ones kept here.
+constexpr uint64_t ABI_VERSION = uint64_t(2) << 56 | uint64_t(11) << 48;
+
+// All return 0 for success. F(name, arguments). tests/torch_shim.cpp holds them against torch's own headers.
 #define ADAMSS_TORCH_FUNCTIONS(F)                                                                               \
-    F(aoti_torch_library_init_impl, (const char*, const char* key, const char* file, uint32_t line, void** made)) \
-    F(torch_library_impl, (void* library, const char* name, Kernel, uint64_t abi_version))                      \
+    F(aoti_torch_library_init_impl, (const char*, const char* key, const char* file, uint32_t line, \
+                                     LibraryHandle* made))                                                      \
+    F(torch_library_impl, (LibraryHandle, const char* name, Kernel, uint64_t abi_version))                      \
     F(torch_list_get_item, (ListHandle, size_t index, Value* item))                                             \
     F(torch_delete_list, (ListHandle))                                                                          \
     F(aoti_torch_delete_tensor_object, (Handle))                                                                \
@@ -43,7 +48,6 @@ typedef void (*Kernel)(Value* stack, uint64_t inputs, uint64_t outputs);
 
 // Plain values. F(type, name).
 #define ADAMSS_TORCH_CONSTANTS(F)               \
-    F(uint64_t, aoti_torch_abi_version)         \
     F(int32_t, aoti_torch_device_type_cpu)      \
     F(int32_t, aoti_torch_dtype_float32)        \
     F(int32_t, aoti_torch_dtype_float64)        \

@@ -94,7 +94,6 @@ def _provider(name: str, linear: nn.Linear, ours: FusedAdaMSSLinear) -> Provider
         layer = copy.deepcopy(ours, dict(frozen))
         if name == "half-pruned":
             layer.active[::2] = False
-            layer.summarize_masks()
         else:
             layer.config = dataclasses.replace(ours.config, backend=name)
         return _checked(layer, linear, layer.delta_weight, layer.delta_bias, 2)
