@@ -82,7 +82,7 @@ def _size(
     dy = torch.randn(M, N, device=device, dtype=dtype)
     rows: list[dict[str, Any]] = []
     for backward in (False, True):
-        # Serving: nothing of an adapter is trained, so what follows from B alone is computed once.
+        # Serving: nothing of an adapter is trained.
         for p in trained:
             p.requires_grad_(backward)
         calls = {name: _call(layer, x, dy, backward) for name, layer in layers.items()}

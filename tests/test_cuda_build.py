@@ -85,7 +85,7 @@ def test_a_failed_build_leaves_nothing_and_says_why(cache, capsys):
     assert main(["build-cuda", "--arch", "90", "70"]) == 1
     assert "compiles for 75 80 90, got 70" in capsys.readouterr().out
     assert main(["build-cuda", "--dry-run"]) == 0
-    assert "-gencode=arch=compute_90,code=sm_90 -gencode=arch=compute_90,code=compute_90" in capsys.readouterr().out
+    assert "-gencode=arch=compute_90a,code=sm_90a -gencode=arch=compute_90,code=compute_90" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("place", ["base", "inside", "above"])

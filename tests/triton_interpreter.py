@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from triton.runtime.interpreter import InterpretedFunction
 
 import adamss_kernels.triton as backend
-from adamss_kernels import adamss_linear, available_backends, frozen_projection, ops
+from adamss_kernels import adamss_linear, available_backends, ops
 from adamss_kernels.layout import block_diagonal, column_mask
 from adamss_kernels.triton import kernels, kernels_backward, launch, tuning
 
@@ -248,44 +248,6 @@ def test_any_shape(M, D, N, R, ranks, bias, form, data):
         patch.setattr(tuning, "backward_form", lambda *key: form[1])
         problem = make_problem(M, D, N, R, ranks, bias)
         assert_close(problem, torch.float32, active=masks[0], trainable=masks[1])
-
-
-def test_frozen_B_is_projected_once_per_version(monkeypatch):
-    problem = make_problem(M=3, D=20, N=24).to(torch.float32)
-    problem.B = nn.Parameter(problem.B, requires_grad=False)
-    problem.x.requires_grad_(False)
-    active = torch.ones(3, dtype=torch.bool)
-    calls = []
-    project = launch.input_projection
-    monkeypatch.setattr(launch, "input_projection", lambda *args: calls.append(None) or project(*args))
-
-    @torch.no_grad()
-    def check(computed):
-        y = adamss_linear(*problem.operands, active=active, backend="triton")
-        torch.testing.assert_close(y, plain(problem, active), rtol=1e-5, atol=1e-5)
-        assert len(calls) == computed
-
-    check(1)
-    check(1)
-    problem.B.mul_(2)
-    check(2)
-    active[1] = False
-    check(3)
-    problem.basis = problem.basis * 3
-    check(4)
-    problem.B.data = problem.B.data * 0.5
-    check(5)
-    check(5)
-    problem.B.requires_grad_(True)
-    check(6)
-    check(7)
-    held = frozen_projection._projections[problem.B].Q
-    problem.B.requires_grad_(False).add_(1)
-    check(8)
-    # A CUDA graph has the address.
-    assert frozen_projection._projections[problem.B].Q is held
-    del problem.B, held
-    assert len(frozen_projection._projections) == 0
 
 
 def test_frozen_B_projected_in_inference_mode_can_change_outside():

@@ -6,6 +6,7 @@ over dy.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import torch
@@ -259,6 +260,7 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _current(device: torch.device) -> torch.cuda.device:
+def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Make `device` the current one while its kernels are launched."""
-    return torch.cuda.device(device)
+    # The usual case, in which torch's own context would take as long as a launch.
+    return contextlib.nullcontext() if torch.cuda.current_device() == device.index else torch.cuda.device(device)

@@ -10,11 +10,13 @@
 // Dynamic shared memory; kernels divide it among themselves.
 extern __shared__ uint4 shared_memory[];
 
-// Lets the kernel after this one start, up to where it waits for this one.
+// Lets the kernel after this one start, up to where it waits for this one to be done and to have written all.
 #if __CUDA_ARCH__ >= 900
 #define ADAMSS_LET_NEXT_KERNEL_START asm volatile("griddepcontrol.launch_dependents;")
+#define ADAMSS_WAIT_FOR_PREVIOUS_KERNEL asm volatile("griddepcontrol.wait;" ::: "memory")
 #else
 #define ADAMSS_LET_NEXT_KERNEL_START (void)0
+#define ADAMSS_WAIT_FOR_PREVIOUS_KERNEL (void)0
 #endif
 
 namespace adamss {

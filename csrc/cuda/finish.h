@@ -54,7 +54,7 @@ __device__ inline bool learns(const adamss_cuda_layout& l, int64_t c) {
 
 // dC and dB = (z_parts)^T, zero where not both active and trainable; or G, from which `dB_kernel` goes on.
 __global__ void __launch_bounds__(FINISH_THREADS) finish_kernel(const Finish p) {
-    ADAMSS_LET_NEXT_KERNEL_START;
+    ADAMSS_WAIT_FOR_PREVIOUS_KERNEL;
     int64_t e = int64_t(blockIdx.x) * FINISH_THREADS + threadIdx.x;
     if (e < p.count_dC) {
         const int64_t i = e / p.r_max, j = e % p.r_max;
@@ -98,6 +98,7 @@ __global__ void __launch_bounds__(THROUGH_WARPS* WARP) dB_kernel(const ThroughIn
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const int64_t r = blockIdx.x, own = threadIdx.x;
     const bool on = own < p.RHO && learns(p.layout, own);
+    ADAMSS_WAIT_FOR_PREVIOUS_KERNEL;
     for (int64_t c = lane; c < p.RHO_PAD; c += WARP) {
         float total = 0;
         if (p.A) {

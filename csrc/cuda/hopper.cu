@@ -137,11 +137,13 @@ int32_t low_rank_gemm(const Gemm<X>& g, int64_t clusters, int64_t run) {
 }
 
 // About how many cycles the longest of `clusters` takes with tiles of `tile_n` columns, `run` of them from one inner
-// product. On an H100 a step of 64 by 256 columns takes 1024 cycles, what lies between two tiles some 2000.
+// product. On an H100 a step of 64 by 256 columns takes 1024 cycles, what lies between two tiles some 2000; the first
+// tile of a run reads its rows of L from memory, which brings 1400 bytes a cycle to all of them together.
 double cycles_of(int64_t M, int64_t E, int64_t F, int64_t rho_pad, int64_t clusters, int64_t tile_n, int64_t run) {
-    const int64_t steps = cdiv(E, TILE_E), chunks = cdiv(cdiv(F, tile_n), run);
-    const int64_t units = cdiv(M, CLUSTER * TILE_M) * chunks, rounds = cdiv(units, clusters);
-    return double(rounds) * double(run * (steps * 4 * tile_n + 2000) + steps * 5 * rho_pad);
+    const int64_t steps = cdiv(E, TILE_E), chunks = cdiv(cdiv(F, tile_n), run), pairs = cdiv(M, CLUSTER * TILE_M);
+    const int64_t units = pairs * chunks, rounds = cdiv(units, clusters);
+    const int64_t tile = steps * 4 * tile_n, rows = cdiv(smaller(units, clusters), chunks) * CLUSTER * TILE_M;
+    return double(rounds) * double(larger(tile, rows * E * 2 / 1400) + (run - 1) * tile + run * 2000 + steps * 5 * rho_pad);
 }
 
 template <class X, int RHO_PAD, bool COLUMNS>
@@ -152,9 +154,9 @@ int32_t low_rank_gemm(const Gemm<X>& g) {
     for (int64_t width : {256, 192, 128}) {
         if (width == 256 && RHO_PAD > 32) continue;  // more than registers hold
         const int64_t tiles = cdiv(g.F, width);
-        for (int64_t chunks = 1; chunks <= tiles; ++chunks) {
-            const double cycles = cycles_of(g.M, g.E, g.F, RHO_PAD, clusters, width, cdiv(tiles, chunks));
-            if (run == 0 || cycles < least) least = cycles, tile_n = width, run = cdiv(tiles, chunks);
+        for (int64_t length = tiles; length > 0; length = length > 1 ? cdiv(length, 2) : 0) {
+            const double cycles = cycles_of(g.M, g.E, g.F, RHO_PAD, clusters, width, length);
+            if (run == 0 || cycles < least) least = cycles, tile_n = width, run = length;
         }
     }
     if constexpr (RHO_PAD <= 32)
@@ -177,7 +179,7 @@ int32_t token_products(const Args& args, const X* S, const X* dS, const X* z, in
     else
         z_map = dy_map;
     return launch(token_products_kernel<X, RHO_PAD>, p.splits * (p.of_dy.blocks + p.of_z.blocks), TOKEN_THREADS,
-                  TOKEN_SHARED, args.stream, false, dy_map, S_map, z_map, dS_map, p);
+                  TOKEN_SHARED, args.stream, true, dy_map, S_map, z_map, dS_map, p);
 }
 
 // Divides the tokens so that the blocks fill the GPU once, or a few times: by sizes alone, so that sums keep their order.
@@ -194,7 +196,7 @@ void divide(TokenProducts* p, int64_t multiprocessors) {
 
 template <class A_t>
 int32_t through_input(const Args& args, const float* G) {
-    return launch(dB_kernel<A_t>, args.R, THROUGH_WARPS * WARP, THROUGH_WARPS * args.RHO_PAD * 4, args.stream, false,
+    return launch(dB_kernel<A_t>, args.R, THROUGH_WARPS * WARP, THROUGH_WARPS * args.RHO_PAD * 4, args.stream, true,
                   describe_through_input<A_t>(args, G));
 }
 
@@ -260,8 +262,7 @@ int32_t backward(const Args& args, Scratch& scratch) {
     CHECK((token_products<X, RHO_PAD>(args, made.S, dS, z, through_x ? args.stride_xm : padded_R(args), Z, products)));
     const float *const dy_parts = products.of_dy.parts, *const z_parts = products.of_z.parts;
     const Finish p = describe_finish(args, dy_parts, z_parts, products.of_z.sums, products.splits, G);
-    CHECK(launch(finish_kernel, p.blocks(), FINISH_THREADS, 0,
-                 args.stream, false, p));
+    CHECK(launch(finish_kernel, p.blocks(), FINISH_THREADS, 0, args.stream, true, p));
     if (!through_x) return 0;
     return args.A_dtype == args.dtype ? through_input<X>(args, G) : through_input<float>(args, G);
 }

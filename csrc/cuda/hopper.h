@@ -63,14 +63,6 @@ __device__ inline void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
-// --- dependent launch -----------------------------------------------------------------------------------------------
-
-// Waits until the kernel before this one is done and what it wrote can be read.
-__device__ inline void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
-// Lets the kernel after this one start, up to its `wait_for_previous_kernel`.
-__device__ inline void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;"); }
-
 // --- bulk tensor copies ---------------------------------------------------------------------------------------------
 
 // Copies the box at column c0 and row c1 to shared memory; its bytes count on `barrier`.

@@ -1,7 +1,7 @@
 // Y = L R + (L U^T + u) V on sm_90a: the frozen product and the low-rank update in one pass, forward and for dx.
 #pragma once
 
-#include "interface.h"
+#include "arithmetic.h"
 #include "wgmma.h"
 
 namespace adamss {
@@ -117,7 +117,7 @@ __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(LOW_RANK_GEMM_
                                            n + rank * (TILE_N / 2), full + stage, 3);
                         }
                         if (tile == first) {
-                            if (!waited) wait_for_previous_kernel();  // which writes U, u and V
+                            if (!waited) ADAMSS_WAIT_FOR_PREVIOUS_KERNEL;  // which writes U, u and V
                             waited = true;
                             copy_in(to + Ring::L + Ring::R, &U_map, k * TILE_E, 0, full + stage);
                         }
@@ -193,7 +193,7 @@ __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(LOW_RANK_GEMM_
                     previous = sum(Yes(), S);
                     wgmma_wait<0>();
                     release(previous);
-                    wait_for_previous_kernel();
+                    ADAMSS_WAIT_FOR_PREVIOUS_KERNEL;
                     const int64_t row = int64_t(m) + 16 * warp + lane / 4;
 #pragma unroll
                     for (int j = 0; j < RHO_PAD / 8; ++j) {

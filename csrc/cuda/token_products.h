@@ -1,8 +1,6 @@
 // dC^T = S^T dy and dB = dS^T P, or dS^T x, on sm_90a: sums over tokens, read once, in parts that are added afterwards.
 #pragma once
 
-#include "arithmetic.h"
-#include "geometry.h"
 #include "low_rank_gemm.h"
 
 namespace adamss {
@@ -66,6 +64,7 @@ __global__ void __launch_bounds__(TOKEN_THREADS, 1)
     for (int e = threadIdx.x; e < BOX / 2; e += TOKEN_THREADS) reinterpret_cast<X*>(ones)[e] = one<X>();
     fence_async();
     __syncthreads();
+    ADAMSS_WAIT_FOR_PREVIOUS_KERNEL;
     int stage = 0;
     uint32_t phase = 0;
     const auto next_stage = [&] {
