@@ -6,7 +6,7 @@
 #   bench/gpu.sh --stage grid step        some of them
 #   bench/gpu.sh --device cpu --total 120 a dry run with tiny shapes: shows that the script works, times nothing
 #
-# Results go to --out, or $OUT, or bench/results/<GPU> (a dry run: build/bench-cpu): results.jsonl, of which each row is
+# ADAMSS_COMMIT names the commit where the history did not come along. Results go to --out, or $OUT, or bench/results/<GPU> (a dry run: build/bench-cpu): results.jsonl, of which each row is
 # written as it is measured, and summary.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -67,7 +67,8 @@ def environment(device: torch.device | None = None) -> Row:
         "native": native.describe(),
         "versions": {name: installed_version(name) for name in ("torch", "triton", "peft", "transformers", "numpy")}
         | {"python": platform.python_version()},
-        "commit": _said("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
+        # A copy of the sources without their history is told.
+        "commit": os.environ.get("ADAMSS_COMMIT") or _said("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
         "command": _command(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
