@@ -172,6 +172,40 @@ def exponent_table(rows: Rows) -> list[str]:
     return lines
 
 
+GPU_SHAPES = [(4096, 4096, 8192), (4096, 14336, 8192), (1024, 1024, 16384), (768, 768, 16384), (4096, 4096, 16)]
+GPU_LAYERS = ("adamss cuda", "adamss triton", "peft adamss", "peft lora r=8", "peft lora r=32")
+
+
+def gpu_table(rows: Rows) -> list[str]:
+    """Ratios of one bfloat16 layer to the bare linear layer on a GPU, forward / forward + backward."""
+    titles = ("`cuda`", "`triton`", "PEFT AdaMSS", "PEFT LoRA r = 8", "PEFT LoRA r = 32")
+    lines = [_cells("shape", "launched", *titles), "|---" * (len(titles) + 2) + "|"]
+    cells = {(r["D"], r["N"], r["M"], r["mode"], r["layer"], r["pass"]): r["ratio"] for r in rows if "ratio" in r}
+    for D, N, M in GPU_SHAPES:
+        for mode, word in (("graph", "in a CUDA graph"), ("eager", "from Python")):
+            pairs = [[cells.get((D, N, M, mode, name, p)) for p in ("fwd", "fwd+bwd")] for name in GPU_LAYERS]
+            text = (" / ".join(f"{ratio:.2f}" for ratio in pair) if None not in pair else "-" for pair in pairs)
+            lines.append(_cells(f"D={D}, N={N}, M={M}", word, *text))
+    return lines
+
+
+def gpu_step_table(rows: Rows) -> list[str]:
+    """A training step of a 3B-Llama-shaped model on a GPU."""
+    rows = [r for r in rows if r["stage"] == "step" and "ms" in r]
+    frozen = next(r["ms"] for r in rows if r["method"] == "frozen")
+    names = {"frozen": "frozen model", "adamss_kernels": "`adamss_kernels`", "peft adamss": "PEFT AdaMSS"}
+    batch, length = rows[0]["tokens"]
+    lines = [
+        f"| {rows[0]['layers']} layers, {batch} x {length} tokens | training step | ratio to frozen | peak | trained |"
+    ]
+    lines.append("|---|---:|---:|---:|---:|")
+    for r in rows:
+        title = names.get(r["method"], r["method"].replace("peft lora r=", "PEFT LoRA r = "))
+        cells = (f"{r['ms']:.0f} ms", f"{r['ms'] / frozen:.2f}", f"{r['peak GiB']:.1f} GiB", f"{r['trainable']:,}")
+        lines.append(_cells(title, *cells))
+    return lines
+
+
 def _title(provider: str) -> str:
     word = plots.title(provider)
     return re.sub(r"adamss_kernels|nn\.Linear", lambda m: f"`{m[0]}`", word)
@@ -192,6 +226,9 @@ def _cells(*cells: str) -> str:
 
 def _source(environment: dict[str, Any], path: Path) -> str:
     e, file = environment, path.relative_to(ROOT)
+    if "gpu" in e:
+        versions = ", ".join(f"{name} {e['versions'][name]}" for name in ("torch", "triton", "peft"))
+        return f"{e['gpu']}, driver {e['driver']}, {versions}; `{e['command']}`, {e['date']} ([{file}]({{up}}{file}))."
     threads = f"{e['threads']} thread{'s'[: e['threads'] > 1]}"
     isa = e["native"].get("ISA", "reference").split()[0]
     return (
@@ -200,18 +237,21 @@ def _source(environment: dict[str, Any], path: Path) -> str:
     )
 
 
+# Table to document, result file and what makes it.
 TABLES: dict[str, tuple[str, str, Callable[[Rows], list[str]]]] = {
-    "layer": ("README.md", "layer", lambda rows: layer_table(_of(rows, "layer"), "float32")),
-    "layer-bfloat16": ("README.md", "layer", lambda rows: layer_table(_of(rows, "layer"), "bfloat16")),
-    "model": ("README.md", "model", model_table),
-    "minilm": ("README.md", "minilm", minilm_table),
-    "asa": ("README.md", "asa", asa_table),
-    "memory": ("README.md", "memory", memory_table),
-    "layer-full": ("docs/benchmarks.md", "layer", full_table),
-    "profile": ("docs/cpu.md", "profile", profile_table),
-    "methods": ("docs/benchmarks.md", "methods", methods_table),
-    "init": ("docs/benchmarks.md", "init", init_table),
-    "exponents": ("docs/benchmarks.md", "scaling", exponent_table),
+    "layer": ("README.md", "cpu-layer.jsonl", lambda rows: layer_table(_of(rows, "layer"), "float32")),
+    "layer-bfloat16": ("README.md", "cpu-layer.jsonl", lambda rows: layer_table(_of(rows, "layer"), "bfloat16")),
+    "model": ("README.md", "cpu-model.jsonl", model_table),
+    "minilm": ("README.md", "cpu-minilm.jsonl", minilm_table),
+    "asa": ("README.md", "cpu-asa.jsonl", asa_table),
+    "memory": ("README.md", "cpu-memory.jsonl", memory_table),
+    "layer-full": ("docs/benchmarks.md", "cpu-layer.jsonl", full_table),
+    "profile": ("docs/cpu.md", "cpu-profile.jsonl", profile_table),
+    "methods": ("docs/benchmarks.md", "cpu-methods.jsonl", methods_table),
+    "init": ("docs/benchmarks.md", "cpu-init.jsonl", init_table),
+    "exponents": ("docs/benchmarks.md", "cpu-scaling.jsonl", exponent_table),
+    "gpu-layer": ("README.md", "NVIDIA-H100-80GB-HBM3/results.jsonl", gpu_table),
+    "gpu-step": ("README.md", "NVIDIA-H100-80GB-HBM3/results.jsonl", gpu_step_table),
 }
 
 
@@ -226,8 +266,8 @@ def main() -> int:
     args = parser.parse_args()
     differing = []
     texts = {name: (ROOT / name).read_text() for name, _, _ in TABLES.values()}
-    for name, (document, suite, table) in TABLES.items():
-        path = RESULTS / f"cpu-{suite}.jsonl"
+    for name, (document, file, table) in TABLES.items():
+        path = RESULTS / file
         environment, rows = results.read(path)
         up = "../" * document.count("/")
         content = "\n".join([*table(rows), "", _source(environment, path).replace("{up}", up)])

@@ -68,14 +68,15 @@ def environment(device: torch.device | None = None) -> Row:
         "versions": {name: installed_version(name) for name in ("torch", "triton", "peft", "transformers", "numpy")}
         | {"python": platform.python_version()},
         # A copy of the sources without their history is told.
-        "commit": os.environ.get("ADAMSS_COMMIT") or _said("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
+        "commit": os.environ.get("ADAMSS_COMMIT")
+        or _said("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
         "command": _command(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
     if device is not None and device.type == "cuda":
         record |= {
             "gpu": torch.cuda.get_device_name(device),
-            "cuda_library": cuda_library.describe(),
+            "cuda_library": cuda_library.describe()["state"],
             "cuda": torch.version.cuda or f"hip {torch.version.hip}",
             "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
             "gpu_state": gpu_state(),
