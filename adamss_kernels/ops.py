@@ -16,6 +16,7 @@ import torch
 
 from .config import BACKENDS
 
+_FEW_TOKENS = 64
 _PREFERENCE = {"cpu": ("native",), "cuda": ("triton", "cuda")}
 # Backends that do not live in a module of their own name.
 _MODULES = {"cuda": "native.cuda"}
@@ -85,7 +86,7 @@ def _linear_backward_fake(
 
 def _linear_forward(x, *args):
     device_type = x.device.type
-    forward, _ = _kernels(args[-1], device_type, x.dtype)
+    forward, _ = _kernels(args[-1], device_type, x.dtype, x.shape[0] <= _FEW_TOKENS)
     if torch.is_autocast_enabled(device_type):
         # `functional.py` has cast the operands already; inside, float32 means float32.
         with torch.autocast(device_type, enabled=False):
@@ -95,7 +96,7 @@ def _linear_forward(x, *args):
 
 def _linear_backward(dy, *args):
     device_type = dy.device.type
-    _, backward = _kernels(args[-1], device_type, dy.dtype)
+    _, backward = _kernels(args[-1], device_type, dy.dtype, dy.shape[0] <= _FEW_TOKENS)
     if torch.is_autocast_enabled(device_type):
         with torch.autocast(device_type, enabled=False):
             return backward(dy, *args[:-1])
@@ -107,9 +108,9 @@ _library.impl("linear_backward", _linear_backward, "CompositeExplicitAutograd")
 
 
 @functools.cache
-def _kernels(requested, device_type, dtype):
+def _kernels(requested, device_type, dtype, has_few_tokens=False):
     """Return forward and backward of the backend that `choose_backend` chooses."""
-    module = implementation(choose_backend(requested, torch.device(device_type), dtype))
+    module = implementation(choose_backend(requested, torch.device(device_type), dtype, has_few_tokens))
     return module.forward, module.backward
 
 
@@ -122,15 +123,15 @@ def implementation(name: str) -> ModuleType:
     return importlib.import_module(f"{__package__}.{_MODULES.get(name, name)}")
 
 
-def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> str:
+def choose_backend(requested: str, device: torch.device, dtype: torch.dtype, has_few_tokens: bool = False) -> str:
     """Return the backend that runs for tensors of `dtype` on `device`: the only place where that is decided.
 
     "auto" is replaced by the environment variable ADAMSS_BACKEND where that was set when the package was imported. What
     is still "auto" takes the first of these that can run: on the CPU native, reference; on CUDA and ROCm triton, cuda,
-    reference, but cuda before triton where its library has the fused kernels for the GPU (Hopper, 16-bit dtypes);
-    elsewhere reference. Where Triton works on a GPU with no dtype at all (it cannot be imported, or its
-    first kernel does not compile), one warning names the cause and what runs instead. A backend named explicitly runs
-    or raises; it never falls back to another.
+    reference, but cuda before triton where its library has the fused kernels for the GPU (Hopper, 16-bit dtypes) and
+    more than 64 tokens to fill their tiles with; elsewhere reference. Where Triton works on a GPU with no dtype at all
+    (it cannot be imported, or its first kernel does not compile), one warning names the cause and what runs instead. A
+    backend named explicitly runs or raises; it never falls back to another.
 
     Raises:
         ValueError: `requested`, or ADAMSS_BACKEND, is not the name of a backend.
@@ -139,7 +140,7 @@ def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> 
     if requested == "auto":
         requested = _OVERRIDE
     if requested == "auto":
-        preferred = _preferred(device.type, dtype)
+        preferred = _preferred(device.type, dtype, has_few_tokens)
         able = (name for name in preferred if implementation(name).unavailable(device.type, dtype) is None)
         chosen = next(able, "reference")
         if device.type == "cuda" and chosen != preferred[0]:
@@ -153,9 +154,9 @@ def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> 
     return requested
 
 
-def _preferred(device_type, dtype):
+def _preferred(device_type, dtype, has_few_tokens):
     preferred = _PREFERENCE.get(device_type, ())
-    if device_type == "cuda" and implementation("cuda").is_fused(dtype):
+    if device_type == "cuda" and not has_few_tokens and implementation("cuda").is_fused(dtype):
         return tuple(reversed(preferred))
     return preferred
 

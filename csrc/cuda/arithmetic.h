@@ -19,6 +19,11 @@ extern __shared__ uint4 shared_memory[];
 #define ADAMSS_WAIT_FOR_PREVIOUS_KERNEL (void)0
 #endif
 
+// Kernels that serve Hopper's alone are compiled for it alone, and for the host.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 900
+#define ADAMSS_FOR_HOPPER 1
+#endif
+
 namespace adamss {
 
 constexpr int WARP = 32;

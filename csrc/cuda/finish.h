@@ -54,6 +54,7 @@ __device__ inline bool learns(const adamss_cuda_layout& l, int64_t c) {
 
 // dC and dB = (z_parts)^T, zero where not both active and trainable; or G, from which `dB_kernel` goes on.
 __global__ void __launch_bounds__(FINISH_THREADS) finish_kernel(const Finish p) {
+#ifdef ADAMSS_FOR_HOPPER
     ADAMSS_WAIT_FOR_PREVIOUS_KERNEL;
     int64_t e = int64_t(blockIdx.x) * FINISH_THREADS + threadIdx.x;
     if (e < p.count_dC) {
@@ -77,6 +78,7 @@ __global__ void __launch_bounds__(FINISH_THREADS) finish_kernel(const Finish p) 
         p.G[e] = sum_of_parts(p.z_parts, size, p.splits, e);
     else if (e < p.count_G)
         p.G[e] = p.sum_parts ? sum_of_parts(p.sum_parts, p.RHO_PAD, p.splits, e - size) : 0.f;
+#endif
 }
 
 template <class A_t>
@@ -94,6 +96,7 @@ constexpr int THROUGH_WARPS = 32;
 // dB = G^T A^T + g a^T, zero where not both active and trainable: a block for each row r of A, a lane for a column of S.
 template <class A_t>
 __global__ void __launch_bounds__(THROUGH_WARPS* WARP) dB_kernel(const ThroughInput<A_t> p) {
+#ifdef ADAMSS_FOR_HOPPER
     float* const shares = reinterpret_cast<float*>(shared_memory);  // [THROUGH_WARPS, RHO_PAD]
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const int64_t r = blockIdx.x, own = threadIdx.x;
@@ -116,6 +119,7 @@ __global__ void __launch_bounds__(THROUGH_WARPS* WARP) dB_kernel(const ThroughIn
     float total = 0;
     for (int w = 0; w < THROUGH_WARPS; ++w) total += shares[w * p.RHO_PAD + own];
     p.dB[own * p.R + r] = on ? total : 0.f;
+#endif
 }
 
 template <class A_t>

@@ -151,7 +151,7 @@ int32_t low_rank_gemm(const Gemm<X>& g) {
     const int64_t clusters = g.multiprocessors / CLUSTER;
     int64_t tile_n = 0, run = 0;
     double least = 0;
-    for (int64_t width : {256, 192, 128}) {
+    for (int64_t width : {256, 192}) {
         if (width == 256 && RHO_PAD > 32) continue;  // more than registers hold
         const int64_t tiles = cdiv(g.F, width);
         for (int64_t length = tiles; length > 0; length = length > 1 ? cdiv(length, 2) : 0) {
@@ -161,8 +161,7 @@ int32_t low_rank_gemm(const Gemm<X>& g) {
     }
     if constexpr (RHO_PAD <= 32)
         if (tile_n == 256) return low_rank_gemm<X, 256, RHO_PAD, COLUMNS>(g, clusters, run);
-    if (tile_n == 192) return low_rank_gemm<X, 192, RHO_PAD, COLUMNS>(g, clusters, run);
-    return low_rank_gemm<X, 128, RHO_PAD, COLUMNS>(g, clusters, run);
+    return low_rank_gemm<X, 192, RHO_PAD, COLUMNS>(g, clusters, run);
 }
 
 template <class X, int RHO_PAD>
@@ -275,12 +274,8 @@ int32_t run(const Args& args, Scratch& scratch) {
 template <class X>
 int32_t for_rank(const Args& args, Scratch& scratch) {
     switch (args.RHO_PAD) {
-        case 16:
-            return run<X, 16>(args, scratch);
         case 32:
             return run<X, 32>(args, scratch);
-        case 48:
-            return run<X, 48>(args, scratch);
         case 64:
             return run<X, 64>(args, scratch);
     }

@@ -48,6 +48,13 @@ struct Stages {
     static_assert(count >= 3, "three stages hide the latency of a copy");
 };
 
+// Older GPUs have no clusters, and their compilers no word for them; there the kernels are empty.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define ADAMSS_IN_CLUSTERS
+#else
+#define ADAMSS_IN_CLUSTERS __cluster_dims__(CLUSTER, 1, 1)
+#endif
+
 constexpr int LOW_RANK_GEMM_THREADS = 384;  // a warpgroup that copies, two that multiply
 
 // Y (M, F) = L (M, E) R + (L U^T + u) V with U (RHO_PAD, E), V (RHO_PAD, F); R is W^T of W (F, E) where COLUMNS is
@@ -56,7 +63,7 @@ constexpr int LOW_RANK_GEMM_THREADS = 384;  // a warpgroup that copies, two that
 // A unit of work is `run` tiles of one pair of row blocks: the first also sums L U^T, the others reuse it from
 // registers. Blocks of a cluster take one row block each, and each loads half of R for both.
 template <class X, int TILE_N, int RHO_PAD, bool COLUMNS>
-__global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(LOW_RANK_GEMM_THREADS, 1)
+__global__ void ADAMSS_IN_CLUSTERS __launch_bounds__(LOW_RANK_GEMM_THREADS, 1)
     low_rank_gemm_kernel(const __grid_constant__ CUtensorMap L_map, const __grid_constant__ CUtensorMap R_map,
                          const __grid_constant__ CUtensorMap U_map, const __grid_constant__ CUtensorMap V_map,
                          const LowRankGemm<X> p) {

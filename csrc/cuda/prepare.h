@@ -181,6 +181,7 @@ __device__ void pad(const Padding<From, To>& p, int64_t block) {
 // B (RHO, R), A (R, D), or none and Q = B, a (R,), C (N, r_max), S (M, RHO), P (M, R).
 template <class X, class A_t, int RHO_PAD>
 __global__ void __launch_bounds__(PREPARE_THREADS, 1) prepare_kernel(const Prepare<X, A_t> p) {
+#ifdef ADAMSS_FOR_HOPPER
     int64_t block = blockIdx.x;
     if (block < p.blocks_Q) return prepare_Q<RHO_PAD>(p, block);
     block -= p.blocks_Q;
@@ -188,6 +189,7 @@ __global__ void __launch_bounds__(PREPARE_THREADS, 1) prepare_kernel(const Prepa
     block -= p.blocks_Ct;
     if (block < p.blocks_S) return pad(p.S, block);
     pad(p.P, block - p.blocks_S);
+#endif
 }
 
 // Rows of P begin at multiples of 16 bytes.

@@ -38,10 +38,7 @@ void twin_set(uint64_t seed, int32_t record, int32_t fail) {
 int32_t twin_prepare(const adamss_cuda_fused_args* args, void* Q, void* q, void* Ct, void* S, void* P) {
     const Prepared<X> to = {static_cast<X*>(Q), static_cast<X*>(Ct), static_cast<X*>(S), static_cast<X*>(P),
                             static_cast<float*>(q)};
-    return args->RHO_PAD == 16   ? prepare<16>(*args, to)
-           : args->RHO_PAD == 32 ? prepare<32>(*args, to)
-           : args->RHO_PAD == 48 ? prepare<48>(*args, to)
-                                 : prepare<64>(*args, to);
+    return args->RHO_PAD == 32 ? prepare<32>(*args, to) : prepare<64>(*args, to);
 }
 
 int32_t twin_finish(const adamss_cuda_fused_args* args, const float* dy_parts, const float* z_parts,
