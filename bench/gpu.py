@@ -28,7 +28,7 @@ from adamss_kernels.cli.bench import results
 
 ROOT = Path(__file__).parents[1]
 # In the order in which they run: parts of the time that there is. What a stage leaves goes to those after it.
-SHARES = {"build": 40, "tests": 60, "probe": 40, "grid": 100, "step": 100, "asa": 10, "sanitize": 60}
+SHARES = {"build": 40, "tests": 120, "probe": 40, "grid": 100, "step": 100, "asa": 10, "sanitize": 60}
 # Seconds that a stage may go on for after its budget, until it is killed; and what writing the summary takes.
 GRACE = 8
 _IMPORTED = time.time()

@@ -34,9 +34,9 @@ def _triton(device: str) -> None:
 
 
 def _cuda(device: str) -> None:
-    sizes = [(1, 33, 40), (70, 37, 301), (64, 64, 64)]
-    # Few columns of S; more than a block has; more than shared memory has.
-    ranks = [(2, 1, 3), (7,) * 20, (60,) * 40]
+    sizes = [(1, 33, 40), (70, 37, 301), (64, 64, 64), (300, 200, 264), (130, 264, 776)]
+    # Few columns of S; more than a block has; more than shared memory has; the fused kernels' 32 and 64.
+    ranks = [(2, 1, 3), (7,) * 20, (60,) * 40, (3,) * 10, (4,) * 12]
     dtypes = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
     for ((M, D, N), rank), dtype, mode in itertools.product(
         zip(sizes, ranks, strict=True), dtypes, ("projection", "input")
