@@ -93,7 +93,7 @@ struct ThroughInput {
 
 constexpr int THROUGH_WARPS = 32;
 
-// dB = G^T A^T + g a^T, zero where not both active and trainable: a block for each row r of A, a lane for a column of S.
+// dB = G^T A^T + g a^T, zero where not both active and trainable: a block for a row r of A, a lane for a column of S.
 template <class A_t>
 __global__ void __launch_bounds__(THROUGH_WARPS* WARP) dB_kernel(const ThroughInput<A_t> p) {
 #ifdef ADAMSS_FOR_HOPPER

@@ -1,4 +1,4 @@
-// Forward and backward on GPUs of compute capability 9.0, in float16 and bfloat16: four kernels and how they are launched.
+// Forward and backward on GPUs of compute capability 9.0, in float16 and bfloat16: kernels and how they are launched.
 #include <cuda_runtime.h>
 
 #include "finish.h"
@@ -143,7 +143,8 @@ double cycles_of(int64_t M, int64_t E, int64_t F, int64_t rho_pad, int64_t clust
     const int64_t steps = cdiv(E, TILE_E), chunks = cdiv(cdiv(F, tile_n), run), pairs = cdiv(M, CLUSTER * TILE_M);
     const int64_t units = pairs * chunks, rounds = cdiv(units, clusters);
     const int64_t tile = steps * 4 * tile_n, rows = cdiv(smaller(units, clusters), chunks) * CLUSTER * TILE_M;
-    return double(rounds) * double(larger(tile, rows * E * 2 / 1400) + (run - 1) * tile + run * 2000 + steps * 5 * rho_pad);
+    const int64_t first = larger(tile, rows * E * 2 / 1400) + steps * 5 * rho_pad;
+    return double(rounds) * double(first + (run - 1) * tile + run * 2000);
 }
 
 template <class X, int RHO_PAD, bool COLUMNS>
@@ -181,7 +182,7 @@ int32_t token_products(const Args& args, const X* S, const X* dS, const X* z, in
                   TOKEN_SHARED, args.stream, true, dy_map, S_map, z_map, dS_map, p);
 }
 
-// Divides the tokens so that the blocks fill the GPU once, or a few times: by sizes alone, so that sums keep their order.
+// Divides the tokens so that the blocks fill the GPU once or a few times: by sizes alone, so that sums keep their order.
 void divide(TokenProducts* p, int64_t multiprocessors) {
     const int64_t blocks = p->of_dy.blocks + p->of_z.blocks, steps = cdiv(p->M, TOKEN_ROWS);
     int64_t least = 0;
@@ -189,7 +190,8 @@ void divide(TokenProducts* p, int64_t multiprocessors) {
         const int64_t width = cdiv(steps, splits);
         // A part that is written and read again costs about as much as four steps.
         const int64_t cost = cdiv(blocks * splits, multiprocessors) * (width + 4);
-        if (splits == 1 || cost < least) least = cost, p->splits = int32_t(cdiv(steps, width)), p->width = int32_t(width * TOKEN_ROWS);
+        if (splits > 1 && cost >= least) continue;
+        least = cost, p->splits = int32_t(cdiv(steps, width)), p->width = int32_t(width * TOKEN_ROWS);
     }
 }
 

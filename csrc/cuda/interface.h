@@ -91,7 +91,7 @@ struct adamss_cuda_mask_rows_args {
 struct adamss_cuda_fused_args {
     int64_t device;
     void* stream;
-    int64_t dtype, A_dtype, M, D, RHO, RHO_PAD, R, r_max;  // RHO_PAD: 32 or 64, above RHO where there is a bias
+    int64_t dtype, A_dtype, M, D, RHO, RHO_PAD, R, r_max;  // RHO_PAD: 32 or 64, with room for a bias
     int64_t multiprocessors;
     const void* x;  // (M, D); in backward, where it was kept and P was not
     int64_t stride_xm;

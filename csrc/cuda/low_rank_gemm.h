@@ -22,6 +22,7 @@ struct LowRankGemm {
     X* Y;             // (M, F)
 };
 
+// What a loop is told at compile time.
 struct Yes {
     static constexpr bool value = true;
 };
@@ -34,7 +35,6 @@ constexpr int TILE_E = 64;       // a step of the sum: 128 bytes a row, the widt
 constexpr int CLUSTER = 2;       // blocks, one above the other, that share R
 constexpr int SHARED_SM90 = 232448;
 constexpr int BOX = 64 * 128;    // bytes of 64 rows of 128 bytes
-
 constexpr int STAGING = 8 * 16 * 128;  // of 8 warps: 16 rows of 128 bytes each
 
 template <int TILE_N, int RHO_PAD>
@@ -42,10 +42,9 @@ struct Stages {
     static constexpr int L = TILE_M * 128, R = TILE_N * 128, U = RHO_PAD * 128;
     static constexpr int bytes = L + R + U;
     static constexpr int barriers = 128;
-    static constexpr int room = (SHARED_SM90 - barriers - STAGING) / bytes;
-    static constexpr int count = room < 6 ? room : 6;
+    static constexpr int count = (SHARED_SM90 - barriers - STAGING) / bytes;
     static constexpr int shared = count * bytes + STAGING + barriers;
-    static_assert(count >= 3, "three stages hide the latency of a copy");
+    static_assert(count >= 4, "a stage that is released comes back two steps later, sometimes three");
 };
 
 // Older GPUs have no clusters, and their compilers no word for them; there the kernels are empty.
@@ -214,8 +213,9 @@ __global__ void ADAMSS_IN_CLUSTERS __launch_bounds__(LOW_RANK_GEMM_THREADS, 1)
 #pragma unroll
                         for (int v = 0; v < 4; ++v) {
                             const int64_t at = row + 8 * (v / 2);
-                            if (p.inner && at < p.M && c + v % 2 < p.RHO) p.inner[at * p.RHO + c + v % 2] = S[4 * j + v];
-                            if (p.inner_padded && at < p.M && v % 2 == 0)
+                            if (at >= p.M) continue;
+                            if (p.inner && c + v % 2 < p.RHO) p.inner[at * p.RHO + c + v % 2] = S[4 * j + v];
+                            if (p.inner_padded && v % 2 == 0)
                                 *reinterpret_cast<uint32_t*>(p.inner_padded + at * RHO_PAD + c) = inner[2 * j + v / 2];
                         }
                     }
@@ -224,11 +224,10 @@ __global__ void ADAMSS_IN_CLUSTERS __launch_bounds__(LOW_RANK_GEMM_THREADS, 1)
                 }
                 barrier_wait(full + stage, phase);
                 wgmma_fence();
+                const uint64_t V = operand(stages + stage * Ring::bytes + Ring::L, RHO_PAD * 128, 1024);
 #pragma unroll
                 for (int c = 0; c < RHO_PAD / 16; ++c)
-                    Wgmma<X, TILE_N, true>::registers(
-                        y, inner + 4 * c, operand(stages + stage * Ring::bytes + Ring::L + c * 2048, RHO_PAD * 128, 1024),
-                        1);
+                    Wgmma<X, TILE_N, true>::registers(y, inner + 4 * c, V + 128 * c, 1);
                 wgmma_commit();
                 if (tile != first) {
                     wgmma_wait<1>();

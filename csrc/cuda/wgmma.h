@@ -1,4 +1,4 @@
-// wgmma by width: D (64, N) += A (64, 16) B (16, N) with float32 D in registers. Mechanical: one instruction, many names.
+// wgmma by width: D (64, N) += A (64, 16) B (16, N), float32 D in registers. Mechanical: one instruction, many names.
 //
 // Of thread t of a warpgroup, D[4 j + v] is row 16 (t / 32) + (t % 32) / 4 + 8 (v / 2), column 8 j + 2 (t % 4) + v % 2.
 // A in registers is packed in the same places: a[0] and a[2] the upper eight rows, a[1] and a[3] the lower.
@@ -44,27 +44,27 @@ namespace adamss::hopper {
 template <class X, int N, bool COLUMNS>
 struct Wgmma;
 
-#define ADAMSS_WGMMA(TYPE, NAME, N, REGISTERS, NEXT0, NEXT1, NEXT2, NEXT3, NEXT4, NEXT5, NEXT6)                           \
-    template <bool COLUMNS>                                                                                          \
-    struct Wgmma<TYPE, N, COLUMNS> {                                                                                 \
-        template <bool TRANSPOSED = false>                                                                           \
-        static __device__ inline void shared(float (&d)[REGISTERS], uint64_t a, uint64_t b, int accumulate) {        \
-            asm volatile(                                                                                            \
-                "{\n.reg .pred p;\nsetp.ne.b32 p, " NEXT2 ", 0;\n"                                                   \
-                "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " " ADAMSS_D##REGISTERS ", " NEXT0     \
-                ", " NEXT1 ", p, 1, 1, " NEXT3 ", " NEXT4 ";\n}"                                                             \
-                : ADAMSS_F##REGISTERS(d, 0)                                                                          \
-                : "l"(a), "l"(b), "r"(accumulate), "n"(int(TRANSPOSED)), "n"(int(COLUMNS)));                         \
-        }                                                                                                            \
-        static __device__ inline void registers(float (&d)[REGISTERS], const uint32_t* a, uint64_t b,                \
-                                                int accumulate) {                                                    \
-            asm volatile(                                                                                            \
-                "{\n.reg .pred p;\nsetp.ne.b32 p, " NEXT5 ", 0;\n"                                                   \
-                "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " " ADAMSS_D##REGISTERS ", {" NEXT0    \
-                ", " NEXT1 ", " NEXT2 ", " NEXT3 "}, " NEXT4 ", p, 1, 1, " NEXT6 ";\n}"                               \
-                : ADAMSS_F##REGISTERS(d, 0)                                                                          \
-                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(int(COLUMNS)));           \
-        }                                                                                                            \
+#define ADAMSS_WGMMA(TYPE, NAME, N, REGISTERS, NEXT0, NEXT1, NEXT2, NEXT3, NEXT4, NEXT5, NEXT6) \
+    template <bool COLUMNS> \
+    struct Wgmma<TYPE, N, COLUMNS> { \
+        template <bool TRANSPOSED = false> \
+        static __device__ inline void shared(float (&d)[REGISTERS], uint64_t a, uint64_t b, int accumulate) { \
+            asm volatile( \
+                "{\n.reg .pred p;\nsetp.ne.b32 p, " NEXT2 ", 0;\n" \
+                "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " " ADAMSS_D##REGISTERS ", " NEXT0 \
+                ", " NEXT1 ", p, 1, 1, " NEXT3 ", " NEXT4 ";\n}" \
+                : ADAMSS_F##REGISTERS(d, 0) \
+                : "l"(a), "l"(b), "r"(accumulate), "n"(int(TRANSPOSED)), "n"(int(COLUMNS))); \
+        } \
+        static __device__ inline void registers(float (&d)[REGISTERS], const uint32_t* a, uint64_t b, \
+                                                int accumulate) { \
+            asm volatile( \
+                "{\n.reg .pred p;\nsetp.ne.b32 p, " NEXT5 ", 0;\n" \
+                "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " " ADAMSS_D##REGISTERS ", {" NEXT0 \
+                ", " NEXT1 ", " NEXT2 ", " NEXT3 "}, " NEXT4 ", p, 1, 1, " NEXT6 ";\n}" \
+                : ADAMSS_F##REGISTERS(d, 0) \
+                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(int(COLUMNS))); \
+        } \
     };
 
 ADAMSS_WGMMA(__nv_bfloat16, "bf16", 32, 16, "%16", "%17", "%18", "%19", "%20", "%21", "%22")
