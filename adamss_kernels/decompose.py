@@ -41,8 +41,11 @@ class Decomposition(NamedTuple):
 def decompose(weight: Tensor, bias: Tensor | None, config: AdaMSSConfig, *, name: str = "weight") -> Decomposition:
     """Initialise AdaMSS for one layer: randomised SVD, KMeans on the left factor's rows, per-subspace directions.
 
-    The basis and the row assignment equal installed PEFT's bit for bit on the same machine. The result depends on the
-    arguments alone: the global random state is neither read nor changed.
+    The basis and the row assignment equal installed PEFT's bit for bit in the same process. The global random state is
+    neither read nor changed. An SVD's bits depend on more than the arguments, though: on the number of threads, the
+    instruction set, the library and the type of device. Between threads and instruction sets of one processor the basis
+    was seen to move by 1e-4 to 6e-4 (relative) and single rows of it to change their sign, while its span kept within
+    2e-6 and the row assignment did not change. Nothing that is stored may rest on those bits.
 
     Args:
         weight: W (N, D), any floating dtype.
@@ -54,15 +57,10 @@ def decompose(weight: Tensor, bias: Tensor | None, config: AdaMSSConfig, *, name
         ValueError: The weight is not a floating (N, D) matrix with N, D >= 1, or has a value that is not finite, or
             is on `meta` with `use_dynamic_rank`.
     """
-    if weight.dim() != 2 or weight.numel() == 0 or not weight.is_floating_point():
-        raise ValueError(f"{name}: expected a floating-point matrix (N, D), got {weight.dtype} {tuple(weight.shape)}")
     param_dtype = torch.promote_types(weight.dtype, torch.float32)
+    matrix = _require_matrix(weight, bias, name)
     if weight.is_meta:
         return _shapes_only(weight, bias, config, param_dtype, name)
-
-    matrix = augmented(weight, bias).to(torch.float32)
-    if not torch.isfinite(torch.stack(torch.aminmax(matrix))).all():
-        raise ValueError(f"{name}: expected finite values, found NaN or infinity in the weight or bias")
 
     R = min(config.r, *matrix.shape)
     if config.subspace_rank > R:
@@ -84,9 +82,43 @@ def decompose(weight: Tensor, bias: Tensor | None, config: AdaMSSConfig, *, name
         structural = columns >= ranks_of_rows[row_subspace.cpu().long()][:, None]
         C.copy_(noise.masked_fill(structural, 0.0))
 
-    basis = A if bias is None else A[:, :-1]
-    basis_bias = None if bias is None else A[:, -1].to(weight.dtype).contiguous()
-    return Decomposition(basis.to(weight.dtype).contiguous(), basis_bias, layout, B, C)
+    return Decomposition(*_split(A, weight, bias), layout, B, C)
+
+
+def rebuild_basis(
+    weight: Tensor, bias: Tensor | None, config: AdaMSSConfig, *, name: str = "weight"
+) -> tuple[Tensor, Tensor | None]:
+    """Return the basis (R, D) and its column for the bias that `decompose` gives, without clustering the rows.
+
+    Args:
+        weight: As for `decompose`, and so are the others.
+        bias: (N,) or None.
+        config: Uses r and random_seed.
+        name: What messages call this weight.
+
+    Raises:
+        ValueError: As `decompose`.
+    """
+    matrix = _require_matrix(weight, bias, name)
+    with _seeded(weight.device, config.random_seed):
+        _, A = _truncated_svd(matrix, min(config.r, *matrix.shape))
+    return _split(A, weight, bias)
+
+
+def _require_matrix(weight: Tensor, bias: Tensor | None, name: str) -> Tensor:
+    """Return [W | bias] in float32, or raise a `ValueError` where it is not a finite matrix."""
+    if weight.dim() != 2 or weight.numel() == 0 or not weight.is_floating_point():
+        raise ValueError(f"{name}: expected a floating-point matrix (N, D), got {weight.dtype} {tuple(weight.shape)}")
+    matrix = augmented(weight, bias).to(torch.float32)
+    if not weight.is_meta and not torch.isfinite(torch.stack(torch.aminmax(matrix))).all():
+        raise ValueError(f"{name}: expected finite values, found NaN or infinity in the weight or bias")
+    return matrix
+
+
+def _split(A: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return the basis and its column for the bias, in the weight's dtype, out of A (R, D~)."""
+    A = A.to(weight.dtype)
+    return (A.contiguous(), None) if bias is None else (A[:, :-1].contiguous(), A[:, -1].contiguous())
 
 
 def augmented(weight: Tensor, bias: Tensor | None) -> Tensor:

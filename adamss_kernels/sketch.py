@@ -14,18 +14,20 @@ def sketch(matrix: Tensor) -> Tensor:
     """Return L^T X R for fixed random signs L (N, 8) and R (D, 8): (8, 8) float64 on the CPU.
 
     Linear in X, so the sketch of a difference is the difference of sketches; each entry has mean square ||X||_F^2
-    (Alon, Matias, Szegedy 1996), and 64 of them estimate the norm within about 10 %.
+    (Alon, Matias, Szegedy 1996), and 64 of them estimate the norm within about 10 %. Sums over a row are taken in
+    float32, or float64 for float64; their rounding moves the sketch by about 1e-7 of its norm.
 
     Args:
         matrix: X (N, D), any floating dtype and device.
     """
     N, D = matrix.shape
-    left, right = _signs(N, 1), _signs(D, 2)
+    dtype = torch.promote_types(matrix.dtype, torch.float32)
+    left, right = random_signs(N, _SIZE, stream=1), random_signs(D, _SIZE, stream=2).to(dtype)
     total = torch.zeros(_SIZE, _SIZE, dtype=torch.float64, device="cpu")
-    # A block of rows at a time: a float64 copy of a large weight would be four times its size.
+    # A block of rows at a time: a float32 copy of a large weight would be twice its size.
     for start in range(0, N, 1024):
-        rows = matrix.detach()[start : start + 1024].to("cpu", torch.float64)
-        total += left[start : start + 1024].T @ (rows @ right)
+        rows = matrix.detach()[start : start + 1024].to("cpu", dtype)
+        total += left[start : start + 1024].T @ (rows @ right).double()
     return total
 
 
@@ -37,7 +39,8 @@ def relative_difference(found: Tensor, expected: Tensor) -> float:
     return difference / norm if norm > 0 else float("inf")
 
 
-def _signs(rows: int, stream: int) -> Tensor:
+def random_signs(rows: int, columns: int, *, stream: int) -> Tensor:
+    """Return fixed random signs (rows, columns) float64 on the CPU; other streams are independent."""
     # RandomState's streams are frozen for good, which torch's and numpy's newer generators do not promise.
-    bits = np.random.RandomState(20251000 + stream).randint(0, 2, size=(rows, _SIZE))
+    bits = np.random.RandomState(20251000 + stream).randint(0, 2, size=(rows, columns))
     return torch.from_numpy(bits).double() * 2 - 1
