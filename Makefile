@@ -5,14 +5,24 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# A process for each core, each with one thread: that is what the cores are busy with. `OMP_NUM_THREADS=4 make test` for
+# other numbers of threads. In the full run files stay together, so that what one of them compiles is compiled once.
+test test-fast: export OMP_NUM_THREADS ?= 1
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 
-.PHONY: demo test test-peft lint bench clean
+.PHONY: demo test test-fast test-peft lint bench clean
 
 demo: $(STAMP)
 	$(BIN)/adamss-kernels demo
 
+# Triton interprets in processes of its own: it has to be told before it is imported.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(PYTEST) tests/triton_interpreter.py
+	$(PYTEST) --dist loadfile --no-loadscope-reorder
+
+# Without tests that start processes, compile or train: under 90 seconds on two cores.
+test-fast: $(STAMP)
+	$(PYTEST) --dist worksteal -m "not slow"
 
 # PEFT's own AdaMSS tests on fused models, with the installed release and with the first one that has AdaMSS.
 test-peft: $(STAMP)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from adamss_kernels import AdaMSSConfig, FusedAdaMSSLinear, SubspaceLayout, available_backends
 
+pytest_plugins = ["cuda_on_host"]
+
 GPU_BACKENDS = ("triton", "cuda")
 CPU_BACKENDS = [
     name for name, state in available_backends().items() if state == "available" and name not in GPU_BACKENDS
@@ -90,6 +92,12 @@ def make_layer(D: int = 24, N: int = 20, bias: bool = True, seed: int = 0, **con
     torch.manual_seed(seed)
     options: dict = {"r": 8, "num_subspaces": 3, "subspace_rank": 2} | config
     return randomise(FusedAdaMSSLinear.from_linear(nn.Linear(D, N, bias=bias), AdaMSSConfig(**options)))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the files that take longest, so that no process is left with one of them at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from test_adapters import IDS, VARIANTS, update_parameters
+from adapter_variants import IDS, VARIANTS, update_parameters
 from torch import Tensor, nn
 
 from adamss_kernels import BaseWeightWarning, load_adapter, save_adapter

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from adapter_variants import IDS, VARIANTS, update_parameters
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -17,20 +18,6 @@ from adamss_kernels.adapters.tiles import TILE
 # Square, wide and tall, even and odd, smaller than any default rank, and of more than one tile.
 SHAPES = [(12, 12), (7, 13), (17, 6), (1, 5), (5, 1), (3, 2)]
 LARGE = [(TILE + 44, TILE + 14), (TILE + 14, TILE + 44)]
-VARIANTS = [
-    *((method, {}) for method in METHODS),
-    ("lora", {"rank": 3, "alpha": 6.0}),
-    ("sinlora", {"rank": 2, "omega": 3.0, "alpha": 0.7, "learn_sine": True}),
-    ("randlora", {"rank": 2}),
-    ("randlora", {"rank": 4, "num_bases": 3, "scaling": 0.5, "basis_seed": 5}),
-    ("kronecker", {"rank": 3}),
-    ("kronecker", {"rank": 2, "rank_in": 5}),
-    ("kronecker", {"rank": 1}),
-    ("kradapter", {"scaling": 1.0}),
-    ("spectral_additive", {"rank": 3, "window": "bottom"}),
-    ("spectral_rotational", {"rank": 3, "window": "bottom"}),
-]
-IDS = [method + "".join(f"-{key}={value}" for key, value in options.items()) for method, options in VARIANTS]
 
 
 def trained(method: str, linear: nn.Linear, seed: int = 0, **options) -> AdapterLinear:
@@ -41,10 +28,6 @@ def trained(method: str, linear: nn.Linear, seed: int = 0, **options) -> Adapter
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         parameter.data.add_(0.3 * noise.to(parameter.dtype))
     return layer
-
-
-def update_parameters(layer: AdapterLinear) -> dict[str, Tensor]:
-    return {name: p for name, p in layer.named_parameters() if p.requires_grad}
 
 
 def double(N: int, D: int, bias: bool = True) -> nn.Linear:
@@ -116,6 +99,7 @@ def test_output_update_and_gradients_are_the_formulas(method, options, bias):
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_updates_of_several_tiles_are_the_formulas(method):
     for N, D in LARGE:
@@ -332,6 +316,7 @@ def test_compiles_into_one_graph(method):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "kradapter"])
 def test_inductor_gives_the_eager_result(method):
     torch._dynamo.reset()

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_asa import Run, config
+from asa_run import Run, config, finished
 
 from adamss_kernels import save_adapter
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 RESUME_SCRIPT = """
 import sys, torch
@@ -20,8 +20,7 @@ torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 from adamss_kernels import load_adapter
-from test_asa import Run, chain, config
-from test_asa_state import finished
+from asa_run import Run, chain, config, finished
 folder = Path(sys.argv[1])
 run = Run(config(), model=load_adapter(chain(), folder))
 state = torch.load(folder / "training.pt")
@@ -29,10 +28,6 @@ run.optimizer.load_state_dict(state["optimizer"])
 run.allocator.load_state_dict(state["asa"])
 torch.save(finished(run.until(60, start=31)), folder / "resumed.pt")
 """
-
-
-def finished(run):
-    return {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(), "asa": run.allocator.state_dict()}
 
 
 def flatten(value, path=""):

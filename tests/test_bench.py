@@ -20,6 +20,8 @@ from adamss_kernels.cli.bench.bound import Bound
 from adamss_kernels.cli.bench.compare import changes
 from adamss_kernels.cli.bench.measure import Contender, Rotation, Settings, interleaved, pinned, relocate, summary
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 TINY = "D=32,M=24,K=3,r=2,R=8"

@@ -9,6 +9,8 @@ import pytest
 
 from adamss_kernels.cli.bench import plots, results
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("matplotlib")
 _, COMMITTED = results.read(Path(__file__).parent.parent / "bench" / "results")
 

@@ -366,6 +366,7 @@ def test_sketches_estimate_the_distance(noise):
     assert noise / 2 < relative_difference(sketch(found), sketch(expected)) < noise * 2
 
 
+@pytest.mark.slow
 def test_a_layer_costs_on_disk_what_the_docs_say(tmp_path):
     peft = pytest.importorskip("peft")
     text = (Path(__file__).parents[1] / "docs" / "files.md").read_text()

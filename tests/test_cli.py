@@ -13,6 +13,8 @@ from adamss_kernels import available_backends, load_adapter
 from adamss_kernels.cli import main
 from adamss_kernels.cli.digits import DigitsViT, load_digits_split
 
+pytestmark = pytest.mark.slow
+
 
 def test_info_tests_every_available_backend(capsys):
     assert main(["info", "--json"]) == 0

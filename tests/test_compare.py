@@ -15,6 +15,8 @@ from adamss_kernels.cli.compare import command, fit
 from adamss_kernels.cli.compare.matrices import DRAWN, MINILM_PACKAGE, drawn_matrix, pretrained_matrices
 from adamss_kernels.cli.compare.metrics import effective_rank, errors, singular_values
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["--size", "20x16", "--seeds", "2", "--iterations", "3"]
 
 

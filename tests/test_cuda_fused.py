@@ -6,7 +6,6 @@ import ctypes
 
 import pytest
 import torch
-from test_cuda import twin, twin_file  # noqa: F401
 
 from adamss_kernels import SubspaceLayout, ops
 from adamss_kernels.layout import block_diagonal, column_mask, gather_index
@@ -25,7 +24,7 @@ MASKS = ["", "active", "trainable", "both"]
 
 
 @pytest.fixture
-def library(twin):  # noqa: F811
+def library(twin):
     loaded = ctypes.CDLL(str(twin.library.path))
     loaded.twin_prepare.argtypes = (ctypes.POINTER(FusedArgs), *(ctypes.c_void_p,) * 5)
     loaded.twin_finish.argtypes = (ctypes.POINTER(FusedArgs), *(ctypes.c_void_p,) * 3, ctypes.c_int64, ctypes.c_void_p)

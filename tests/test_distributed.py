@@ -29,7 +29,10 @@ from adamss_kernels import (
 from adamss_kernels.distributed import full_tensor, unwrap
 from adamss_kernels.model import adamss_layers
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed"),
+]
 
 RANKS, STEPS, BATCH = 2, 24, 8
 # Few enough survivors that whole layers are emptied, which is where DDP would miss gradients.

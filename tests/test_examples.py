@@ -18,6 +18,8 @@ import torch
 
 from adamss_kernels.cli.compare.matrices import minilm_folder
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 

@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 import torch
+from accuracy import naive, relative_error
 from conftest import CPU_BACKENDS, make_problem
-from torch import Tensor
 
 from adamss_kernels import adamss_linear
 from adamss_kernels.ops import choose_backend, implementation
@@ -31,22 +31,6 @@ CASES = {
     "one feature": {"D": 1, "R": 1, "ranks": (1, 1, 1)},
     "wide rank": {"N": 40, "R": 20, "ranks": (16, 9)},
 }
-
-
-def naive(problem, active: Tensor | None = None) -> Tensor:
-    """The formula of docs/notation.md, one output row at a time."""
-    x, weight, bias, basis, basis_bias, B, C, layout = problem.operands
-    P = x @ basis.T + (0 if basis_bias is None else basis_bias)
-    S = P @ B.T
-    columns = []
-    for i, k in enumerate(layout.row_subspace.tolist()):
-        y_i = x @ weight[i] + (0 if bias is None else bias[i])
-        if active is None or active[k]:
-            offset = int(layout.offsets[k])
-            for j in range(layout.ranks[k]):
-                y_i = y_i + S[..., offset + j] * C[i, j]
-        columns.append(y_i)
-    return torch.stack(columns, dim=-1)
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
@@ -162,10 +146,6 @@ def test_operands_need_not_be_contiguous(backend):
     expected.sum().backward()
     for got, want in ((x_s.grad, problem.x.grad), (B_t.grad, B.grad), (C_t.grad, C.grad)):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
-
-
-def relative_error(got: Tensor, exact: Tensor) -> float:
-    return ((got.double() - exact).norm() / exact.norm()).item()
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)

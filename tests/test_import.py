@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 OPTIONAL = ("triton", "peft", "transformers", "sklearn", "safetensors", "tqdm", "matplotlib")
 # Parts of torch that take their time.
 OPTIONAL += ("torch._dynamo", "torch.distributed.tensor")

@@ -232,6 +232,7 @@ def test_compiles_into_one_graph_for_every_number_of_tokens(backend):
     assert len(graphs) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_inductor_gives_the_eager_result_and_gradients(backend):
     torch._dynamo.reset()

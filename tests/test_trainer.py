@@ -14,6 +14,8 @@ from torch import nn
 from adamss_kernels import AdaMSSConfig, ASACallback, apply_adamss_kernels, inject_adamss
 from adamss_kernels.model import adamss_layers
 
+pytestmark = pytest.mark.slow
+
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 

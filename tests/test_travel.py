@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from travel import SHAPES, run
 
+pytestmark = pytest.mark.slow
+
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 
 

@@ -1,6 +1,6 @@
 """The Triton backend where it cannot run: why not, what happens instead, and how its tables are chosen and overridden.
 
-What it computes is tested in `triton_interpreter.py`, in a process of its own.
+What it computes is tested in `triton_interpreter.py`, in processes of its own (`make test`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import subprocess
 import sys
 import warnings
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 
 import pytest
 import torch
@@ -36,15 +35,7 @@ def user_tables(tmp_path, monkeypatch):
     tuning.reload()
 
 
-@pytest.mark.timeout(600)
-def test_under_the_interpreter():
-    suite = Path(__file__).with_name("triton_interpreter.py")
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", str(suite), "-p", "no:cacheprovider"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
+@pytest.mark.slow
 def test_nothing_imports_triton_before_a_kernel_runs():
     code = (
         "import sys, adamss_kernels, adamss_kernels.triton; "
@@ -110,6 +101,7 @@ def test_float64_on_a_gpu_runs_without_triton_and_without_a_warning(cuda_state, 
 BROKEN = "libtriton.so: cannot open shared object file"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("setup", "cause"),
     [("sys.modules['triton'] = None", "No module named"), ("sys.path.insert(0, sys.argv[1])", BROKEN)],
@@ -236,6 +228,7 @@ def test_a_file_that_is_asked_for_has_to_exist(user_tables, tmp_path, monkeypatc
         tuning.forward_form(torch.float16, "sm_90", "decode")
 
 
+@pytest.mark.slow
 def test_tune_compiles_ahead_in_other_processes(tmp_path):
     out = tmp_path / "tuning.json"
     command = [sys.executable, "-m", "adamss_kernels", "tune", "--device", "cpu", "--dtype", "float32"]

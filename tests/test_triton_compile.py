@@ -16,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adamss_kernels import SubspaceLayout, adamss_linear, ops
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton")
 _path = Path(__file__).parents[1] / "bench" / "triton_compile.py"
 _spec = importlib.util.spec_from_file_location("triton_compile", _path)

@@ -1,6 +1,6 @@
 """The Triton backend under Triton's interpreter; not collected with the rest, since that needs a process of its own.
 
-TRITON_INTERPRET is read when Triton's decorators run, so `test_triton.py` starts pytest on this file with it set:
+TRITON_INTERPRET is read when Triton's decorators run, so `make test` starts pytest on this file with it set:
 
     TRITON_INTERPRET=1 pytest tests/triton_interpreter.py
 """
