@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from .config import SAVE_FOR_BACKWARD
 from .layout import SubspaceLayout
-from .ops import linear_backward, linear_forward
+from .ops import FEW_TOKENS, OPERATORS, choose_backend
+from .subspaces import Subspaces
 
 
 def adamss_linear(
@@ -66,42 +67,38 @@ def adamss_linear(
     _check_shapes(x, weight, bias, basis, basis_bias, B, C, layout, active, trainable)
     if save_for_backward not in SAVE_FOR_BACKWARD:
         raise ValueError(f"save_for_backward: expected one of {SAVE_FOR_BACKWARD}, got {save_for_backward!r}")
-    operands = (weight, bias, basis, basis_bias, B, C, layout.row_subspace, layout.offsets, active, trainable)
-    return apply(x, *operands, True, True, save_for_backward, backend)
+    subspaces = Subspaces(basis, basis_bias, layout.row_subspace, layout.offsets, active, trainable)
+    return fused_linear(x, weight, bias, B, C, subspaces, save_for_backward, backend)
 
 
-def apply(
+def fused_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    basis: Tensor | None,
-    basis_bias: Tensor | None,
     B: Tensor,
     C: Tensor,
-    row_subspace: Tensor,
-    offsets: Tensor,
-    active: Tensor | None,
-    trainable: Tensor | None,
-    contributes: bool,
-    learns: bool,
-    save_for_backward: str,
-    backend: str,
+    subspaces: Subspaces,
+    save_for_backward: str = "auto",
+    backend: str = "auto",
 ) -> Tensor:
     """Compute `adamss_linear` for operands that are known to fit one another, but for x and dtypes.
 
-    `contributes=False` promises that no subspace is active: only the frozen layer is computed. `learns=False` promises
-    that no subspace is both active and trainable: nothing is kept for B and C, whose gradients are zero. Both are known
-    before anything runs, unlike the masks, so that a change of them recompiles.
-
-    Without a basis B is (RHO, D) and takes x itself, as in LoRA; then `save_for_backward` has to be "input", and the
-    backend native or reference.
+    Args:
+        x: (..., D).
+        weight: W (N, D).
+        bias: (N,) or None.
+        B: (RHO, R), or (RHO, D) without a basis.
+        C: (N, r_max).
+        subspaces: Basis, row map and masks. What it promises of the masks is known before anything runs, unlike the
+            masks, so that a change of it recompiles.
+        save_for_backward: As in `adamss_linear`; without a basis x is kept.
+        backend: As in `adamss_linear`.
     """
     x, weight, bias = as_linear_takes_them(x, weight, bias)
     N, D = weight.shape
     shape = x.shape
     if x.dim() != 2:
         x = x.reshape(-1, D)
-    operands = (x, weight, bias, basis, basis_bias, B, C, row_subspace, offsets, active)
     if torch.is_grad_enabled() and (
         B.requires_grad
         or C.requires_grad
@@ -109,18 +106,26 @@ def apply(
         or weight.requires_grad
         or (bias is not None and bias.requires_grad)
     ):
-        if contributes:
-            y = _AdaMSSLinear.apply(*operands, trainable, learns, save_for_backward, backend)
+        if subspaces.contributes:
+            y = _FusedLinear.apply(x, weight, bias, B, C, subspaces, save_for_backward, _choose(backend, x))
         else:
             y = _BareLinear.apply(x, weight, bias, B, C)
-    elif contributes:
+    elif subspaces.contributes:
         if forward_ad._current_level >= 0:
             _refuse_tangents(x, weight, bias, B, C)
-        y, _, _ = linear_forward(*operands, False, False, backend)
+        forward, _ = OPERATORS[_choose(backend, x)]
+        y, _, _ = forward(x, weight, bias, B, C, *subspaces[:5], False, False)
     else:
         y = F.linear(x, weight, bias)
     # A view only where needed: FSDP2 warns of modules that return one, since in-place changes of it bypass its hooks.
     return y if len(shape) == 2 else y.reshape(*shape[:-1], N)
+
+
+def _choose(backend: str, x: Tensor) -> str:
+    # Off the CPU alone does the number of tokens matter; compiled code is specialised on it, exported code cannot be.
+    if x.is_cpu or torch.compiler.is_exporting() or x.shape[0] > FEW_TOKENS:
+        return choose_backend(backend, x.device, x.dtype)
+    return choose_backend(backend, x.device, x.dtype, has_few_tokens=True)
 
 
 def as_linear_takes_them(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -185,55 +190,42 @@ class _Gradients(torch.autograd.Function):
         raise RuntimeError("trying to differentiate twice through an adapted layer, whose gradients are first order")
 
 
-class _AdaMSSLinear(torch.autograd.Function):
+class _FusedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx,
-        x,
-        weight,
-        bias,
-        basis,
-        basis_bias,
-        B,
-        C,
-        row_subspace,
-        offsets,
-        active,
-        trainable,
-        learns,
-        save_for_backward,
-        backend,
-    ):
-        _, need_dweight, _, _, _, need_dB, need_dC, *_ = ctx.needs_input_grad
-        need_dB, need_dC = need_dB and learns, need_dC and learns
-        keep_P = need_dB and not need_dweight and _keeps_projection(save_for_backward, weight, basis)
+    def forward(ctx, x, weight, bias, B, C, subspaces, save_for_backward, backend):
+        _, need_dweight, _, need_dB, need_dC, *_ = ctx.needs_input_grad
+        need_dB, need_dC = need_dB and subspaces.learns, need_dC and subspaces.learns
+        keep_P = need_dB and not need_dweight and _keeps_projection(save_for_backward, weight, subspaces.basis)
         keep_x = need_dweight or (need_dB and not keep_P)
-        y, S, P = linear_forward(
-            x, weight, bias, basis, basis_bias, B, C, row_subspace, offsets, active, need_dC, keep_P, backend
-        )
-        ctx.learns, ctx.backend = learns, backend
+        forward, _ = OPERATORS[backend]
+        y, S, P = forward(x, weight, bias, B, C, *subspaces[:5], need_dC, keep_P)
+        ctx.learns, ctx.backend = subspaces.learns, backend
         kept = (x if keep_x else None, S if need_dC else None, P if keep_P else None)
-        ctx.save_for_backward(*kept, weight, basis, basis_bias, B, C, row_subspace, offsets, active, trainable)
+        ctx.save_for_backward(*kept, weight, B, C, *subspaces[:6])
         return y
 
     @staticmethod
     @first_order
     def backward(ctx, dy, saved):
-        need_dx, need_dweight, need_dbias, _, _, need_dB, need_dC, *_ = ctx.needs_input_grad
+        x, S, P, _, B, C, basis, *_ = saved
+        need_dx, need_dweight, need_dbias, need_dB, need_dC, *_ = ctx.needs_input_grad
         learns = ctx.learns
         needs = [need_dx, need_dweight, need_dbias, need_dB and learns, need_dC and learns]
-        dx, dweight, dbias, dB, dC = linear_backward(dy, *saved, needs, ctx.backend)
+        # Without a basis it is x that B takes.
+        P = x if basis is None else P
+        _, backward = OPERATORS[ctx.backend]
+        dx, dweight, dbias, dB, dC = backward(dy, x, S, P, *saved[3:], needs)
         if not learns:
-            dB, dC = _zero_gradients(ctx, (5, saved[6]), (6, saved[7]))
+            dB, dC = _zero_gradients(ctx, (3, B), (4, C))
         return (
             dx if need_dx else None,
             dweight if need_dweight else None,
             dbias if need_dbias else None,
-            None,
-            None,
             dB if need_dB else None,
             dC if need_dC else None,
-            *(None,) * 7,
+            None,
+            None,
+            None,
         )
 
 
@@ -264,8 +256,10 @@ def _zero_gradients(ctx, *arguments: tuple[int, Tensor]) -> list[Tensor | None]:
     return [torch.zeros_like(tensor) if ctx.needs_input_grad[index] else None for index, tensor in arguments]
 
 
-def _keeps_projection(save_for_backward: str, weight: Tensor, basis: Tensor) -> bool:
+def _keeps_projection(save_for_backward: str, weight: Tensor, basis: Tensor | None) -> bool:
     """Whether P is kept for backward; with "auto", where it costs under 1/16 of the base GEMM and is smaller than x."""
+    if basis is None:
+        return False
     if save_for_backward == "auto":
         R, (N, D) = basis.shape[0], weight.shape
         return 16 * R <= N and R < D

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from .config import AdaMSSConfig, require_config
 from .decompose import Decomposition, decompose
 from .frozen_linear import FrozenLinear, plain_linear
-from .functional import apply
+from .functional import fused_linear
 from .layout import SubspaceLayout, block_diagonal, column_mask
+from .subspaces import Subspaces
 
 
 class _Idle(NamedTuple):
@@ -116,23 +117,17 @@ class FusedAdaMSSLinear(FrozenLinear):
         # Compiled code runs again, when the masks may be others: there they are data and no more.
         if not torch.compiler.is_compiling() and self._idle is not None:
             contributes, learns = self._still_idle(self._idle)
-        return apply(
-            x,
-            weight,
-            bias,
+        subspaces = Subspaces(
             buffers["basis"],
             buffers["basis_bias"],
-            B,
-            C,
             buffers["row_subspace"],
             buffers["offsets"],
             buffers["active"],
             buffers["trainable"],
             contributes,
             learns,
-            self.config.save_for_backward,
-            self.config.backend,
         )
+        return fused_linear(x, weight, bias, B, C, subspaces, self.config.save_for_backward, self.config.backend)
 
     @torch.no_grad()
     def set_masks(self, active: Tensor | None = None, trainable: Tensor | None = None) -> None:

@@ -1,81 +1,58 @@
-"""The two operators behind `adamss_linear`: schema beside fake, and the choice of backend.
+"""The operators behind `fused_linear`, a pair for each backend: schema beside fake, and the choice of the pair.
 
-The operators are raw: they carry no autograd formula of their own (that is `functional.py`), so calling one directly
-on tensors that require grad gives no gradient. They are not part of the public API.
+All pairs share one schema. The operators are raw: they carry no autograd formula of their own (that is
+`functional.py`), so calling one directly on tensors that require grad gives no gradient. They are not part of the
+public API.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
 import warnings
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
 from .config import BACKENDS
+from .subspaces import Subspaces, accumulation_dtype
 
-_FEW_TOKENS = 64
+FEW_TOKENS = 64
+"""Up to so many tokens tiles of 128 rows stay mostly empty: a GPU's backends are then preferred in another order."""
 _PREFERENCE = {"cpu": ("native",), "cuda": ("triton", "cuda")}
 # Backends that do not live in a module of their own name.
 _MODULES = {"cuda": "native.cuda"}
-_OVERRIDE = os.environ.get("ADAMSS_BACKEND") or "auto"
 
-_library = torch.library.Library("adamss_kernels", "DEF")
-_library.define(
-    "linear_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? basis, Tensor? basis_bias, Tensor B, Tensor C, "
-    "Tensor row_subspace, Tensor offsets, Tensor? active, bool keep_S, bool keep_P, str backend) "
-    "-> (Tensor y, Tensor S, Tensor P)"
+_FORWARD = (
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor B, Tensor C, Tensor? basis, Tensor? basis_bias, "
+    "Tensor row_subspace, Tensor offsets, Tensor? active, bool keep_S, bool keep_P) -> (Tensor y, Tensor S, Tensor P)"
 )
-_library.define(
-    "linear_backward(Tensor dy, Tensor? x, Tensor? S, Tensor? P, Tensor weight, Tensor? basis, Tensor? basis_bias, "
-    "Tensor B, Tensor C, Tensor row_subspace, Tensor offsets, Tensor? active, Tensor? trainable, bool[] needs, "
-    "str backend) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dB, Tensor dC)"
+_BACKWARD = (
+    "(Tensor dy, Tensor? x, Tensor? S, Tensor? P, Tensor weight, Tensor B, Tensor C, Tensor? basis, "
+    "Tensor? basis_bias, Tensor row_subspace, Tensor offsets, Tensor? active, Tensor? trainable, bool[] needs) "
+    "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dB, Tensor dC)"
 )
 
-forward_operator = torch.ops.adamss_kernels.linear_forward.default
-backward_operator = torch.ops.adamss_kernels.linear_backward.default
+
+class Operators(NamedTuple):
+    """A backend's `forward` and `backward`; `reference.py` says what they compute."""
+
+    forward: torch._ops.OpOverload
+    backward: torch._ops.OpOverload
 
 
-def linear_forward(x, *args):
-    """Run `adamss_kernels::linear_forward`, without the dispatcher where nobody could tell."""
-    return (_linear_forward if _is_plain_eager(x) else forward_operator)(x, *args)
-
-
-def linear_backward(dy, *args):
-    """Run `adamss_kernels::linear_backward`, without the dispatcher where nobody could tell."""
-    return (_linear_backward if _is_plain_eager(dy) else backward_operator)(dy, *args)
-
-
-def _is_plain_eager(tensor):
-    # Going through the dispatcher to a Python kernel costs as much as a small layer's whole update. Tracing, tensor
-    # subclasses, modes and function transforms see the operator.
-    return (
-        type(tensor) is torch.Tensor
-        and not tensor.is_meta
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
-    )
-
-
-@torch.library.register_fake("adamss_kernels::linear_forward", lib=_library)
-def _linear_forward_fake(
-    x, weight, bias, basis, basis_bias, B, C, row_subspace, offsets, active, keep_S, keep_P, backend
-):
+def _forward_fake(x, weight, bias, B, C, basis, basis_bias, row_subspace, offsets, active, keep_S, keep_P):
     M = x.shape[0]
-    acc = torch.promote_types(x.dtype, torch.float32)
     y = x.new_empty(M, weight.shape[0])
-    S = x.new_empty((M, B.shape[0]) if keep_S else 0, dtype=acc)
+    S = x.new_empty((M, B.shape[0]) if keep_S else 0, dtype=accumulation_dtype(x.dtype))
     P = x.new_empty((M, basis.shape[0]) if keep_P else 0)
     return y, S, P
 
 
-@torch.library.register_fake("adamss_kernels::linear_backward", lib=_library)
-def _linear_backward_fake(
-    dy, x, S, P, weight, basis, basis_bias, B, C, row_subspace, offsets, active, trainable, needs, backend
-):
+def _backward_fake(dy, x, S, P, weight, B, C, basis, basis_bias, row_subspace, offsets, active, trainable, needs):
     shapes = ((dy.shape[0], weight.shape[1]), weight.shape, weight.shape[:1], B.shape, C.shape)
     dtypes = (dy.dtype, dy.dtype, dy.dtype, B.dtype, C.dtype)
     return tuple(
@@ -84,41 +61,75 @@ def _linear_backward_fake(
     )
 
 
-def _linear_forward(x, *args):
-    device_type = x.device.type
-    forward, _ = _kernels(args[-1], device_type, x.dtype, x.shape[0] <= _FEW_TOKENS)
+def _python_kernels(name):
+    """Return the kernels of a backend whose module has them in Python."""
+
+    def forward(x, weight, bias, B, C, basis, basis_bias, row_subspace, offsets, active, keep_S, keep_P):
+        subspaces = Subspaces(basis, basis_bias, row_subspace, offsets, active)
+        with _without_autocast(x):
+            return implementation(name).forward(x, weight, bias, B, C, subspaces, keep_S, keep_P)
+
+    def backward(dy, x, S, P, weight, B, C, basis, basis_bias, row_subspace, offsets, active, trainable, needs):
+        subspaces = Subspaces(basis, basis_bias, row_subspace, offsets, active, trainable)
+        with _without_autocast(dy):
+            return implementation(name).backward(dy, x, S, P, weight, B, C, subspaces, needs)
+
+    return forward, backward
+
+
+def _library_kernels(name):
+    """Return stand-ins for kernels in compiled code: they load it, which puts its kernels before these."""
+
+    def stand_in(which):
+        def kernel(tensor, *operands):
+            reason = implementation(name).unavailable(tensor.device.type, tensor.dtype)
+            if reason is not None:
+                raise RuntimeError(f"backend {name!r} cannot run {tensor.dtype} on {tensor.device.type}: {reason}")
+            return OPERATORS[name][which](tensor, *operands)
+
+        return kernel
+
+    return stand_in(0), stand_in(1)
+
+
+def _without_autocast(tensor):
+    """Switch autocast off inside, where it is on: `functional.py` has cast the operands, and float32 means float32."""
+    device_type = tensor.device.type
     if torch.is_autocast_enabled(device_type):
-        # `functional.py` has cast the operands already; inside, float32 means float32.
-        with torch.autocast(device_type, enabled=False):
-            return forward(x, *args[:-1])
-    return forward(x, *args[:-1])
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
 
 
-def _linear_backward(dy, *args):
-    device_type = dy.device.type
-    _, backward = _kernels(args[-1], device_type, dy.dtype, dy.shape[0] <= _FEW_TOKENS)
-    if torch.is_autocast_enabled(device_type):
-        with torch.autocast(device_type, enabled=False):
-            return backward(dy, *args[:-1])
-    return backward(dy, *args[:-1])
+_library = torch.library.Library("adamss_kernels", "DEF")
 
 
-_library.impl("linear_forward", _linear_forward, "CompositeExplicitAutograd")
-_library.impl("linear_backward", _linear_backward, "CompositeExplicitAutograd")
+def _defined(name):
+    """Define both operators of backend `name`, and return them."""
+
+    def defined(operator, schema, kernel, fake):
+        _library.define(operator + schema)
+        _library.impl(operator, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"adamss_kernels::{operator}", fake, lib=_library)
+        return getattr(torch.ops.adamss_kernels, operator).default
+
+    forward, backward = _library_kernels(name) if name == "native" else _python_kernels(name)
+    return Operators(
+        defined(f"{name}_forward", _FORWARD, forward, _forward_fake),
+        defined(f"{name}_backward", _BACKWARD, backward, _backward_fake),
+    )
+
+
+OPERATORS = {name: _defined(name) for name in BACKENDS}
+"""The pair of each backend, by its name."""
 
 
 @functools.cache
-def _kernels(requested, device_type, dtype, has_few_tokens=False):
-    """Return forward and backward of the backend that `choose_backend` chooses."""
-    module = implementation(choose_backend(requested, torch.device(device_type), dtype, has_few_tokens))
-    return module.forward, module.backward
-
-
 def implementation(name: str) -> ModuleType:
     """Return the module that implements backend `name`, importing it on first use.
 
-    Such a module has `forward` and `backward` with the arguments of the operators less `backend`, and
-    `unavailable(device_type, dtype)`, which returns None or the reason why it cannot run there.
+    Such a module has `unavailable(device_type, dtype)`, which returns None or the reason why it cannot run there, and,
+    unless compiled code gives the operators their kernels, `forward` and `backward` with the arguments of
+    `reference.forward` and `reference.backward`.
     """
     return importlib.import_module(f"{__package__}.{_MODULES.get(name, name)}")
 
@@ -126,31 +137,41 @@ def implementation(name: str) -> ModuleType:
 def choose_backend(requested: str, device: torch.device, dtype: torch.dtype, has_few_tokens: bool = False) -> str:
     """Return the backend that runs for tensors of `dtype` on `device`: the only place where that is decided.
 
-    "auto" is replaced by the environment variable ADAMSS_BACKEND where that was set when the package was imported. What
-    is still "auto" takes the first of these that can run: on the CPU native, reference; on CUDA and ROCm triton, cuda,
+    "auto" is replaced by the environment variable ADAMSS_BACKEND where that is set at the first call. What is still
+    "auto" takes the first of these that can run: on the CPU native, reference; on CUDA and ROCm triton, cuda,
     reference, but cuda before triton where its library has the fused kernels for the GPU (Hopper, 16-bit dtypes) and
-    more than 64 tokens to fill their tiles with; elsewhere reference. Where Triton works on a GPU with no dtype at all
-    (it cannot be imported, or its first kernel does not compile), one warning names the cause and what runs instead. A
-    backend named explicitly runs or raises; it never falls back to another.
+    more than `FEW_TOKENS` tokens to fill their tiles with; elsewhere reference. Where Triton works on a GPU with no
+    dtype at all (it cannot be imported, or its first kernel does not compile), one warning names the cause and what
+    runs instead. A backend named explicitly runs or raises; it never falls back to another. Compiled and exported code
+    keeps what was chosen for it.
 
     Raises:
         ValueError: `requested`, or ADAMSS_BACKEND, is not the name of a backend.
         RuntimeError: The backend asked for cannot run here; the message says why.
     """
+    return _chosen(requested, device.type, dtype, has_few_tokens)
+
+
+# `torch.compiler.assume_constant_result` without its import of the whole compiler: tracers ask, and do not look inside.
+choose_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _chosen(requested, device_type, dtype, has_few_tokens):
     if requested == "auto":
-        requested = _OVERRIDE
+        requested = os.environ.get("ADAMSS_BACKEND") or "auto"
     if requested == "auto":
-        preferred = _preferred(device.type, dtype, has_few_tokens)
-        able = (name for name in preferred if implementation(name).unavailable(device.type, dtype) is None)
+        preferred = _preferred(device_type, dtype, has_few_tokens)
+        able = (name for name in preferred if implementation(name).unavailable(device_type, dtype) is None)
         chosen = next(able, "reference")
-        if device.type == "cuda" and chosen != preferred[0]:
-            _warn_of_broken(device.type, chosen)
+        if device_type == "cuda" and chosen != preferred[0]:
+            _warn_of_broken(device_type, chosen)
         return chosen
     if requested not in BACKENDS:
         raise ValueError(f"backend: expected 'auto' or one of {BACKENDS}, got {requested!r}")
-    reason = implementation(requested).unavailable(device.type, dtype)
+    reason = implementation(requested).unavailable(device_type, dtype)
     if reason is not None:
-        raise RuntimeError(f"backend {requested!r} cannot run {dtype} on {device.type}: {reason}")
+        raise RuntimeError(f"backend {requested!r} cannot run {dtype} on {device_type}: {reason}")
     return requested
 
 

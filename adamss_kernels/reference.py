@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .layout import block_diagonal, column_mask, gather_index
+from .subspaces import Subspaces, accumulation_dtype
 
 
 def unavailable(device_type: str | None = None, dtype: torch.dtype | None = None) -> str | None:
@@ -17,22 +18,13 @@ def unavailable(device_type: str | None = None, dtype: torch.dtype | None = None
     return None
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which sums over D, N or M are kept for operands of `dtype`: float32, or float64 for it."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    basis: Tensor | None,
-    basis_bias: Tensor | None,
     B: Tensor,
     C: Tensor,
-    row_subspace: Tensor,
-    offsets: Tensor,
-    active: Tensor | None,
+    subspaces: Subspaces,
     keep_S: bool,
     keep_P: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,6 +37,7 @@ def forward(
         S (M, RHO), accumulation dtype; empty (0,) unless `keep_S`.
         P (M, R), dtype of x; empty (0,) unless `keep_P`.
     """
+    basis, basis_bias, row_subspace, offsets, active, *_ = subspaces
     acc = accumulation_dtype(x.dtype)
     if keep_P:
         assert basis is not None
@@ -73,14 +66,9 @@ def backward(
     S: Tensor | None,
     P: Tensor | None,
     weight: Tensor,
-    basis: Tensor | None,
-    basis_bias: Tensor | None,
     B: Tensor,
     C: Tensor,
-    row_subspace: Tensor,
-    offsets: Tensor,
-    active: Tensor | None,
-    trainable: Tensor | None,
+    subspaces: Subspaces,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute the gradients of `forward`, closed form.
@@ -88,12 +76,14 @@ def backward(
     dS = dy C, dC^T = S^T dy at the places of C, dB = dS^T P (P itself, or through x), dx = dy W + dS Q.
 
     Of dy (M, N), x (M, D), S (M, RHO) and P (M, R), x is needed for dweight, and for dB where P is None; S for dC.
+    Without a basis P is x.
     `needs` says whether dx, dweight, dbias, dB and dC are wanted.
 
     Returns:
         dx (M, D), dweight (N, D), dbias (N,), dB (RHO, R), dC (N, r_max), each in its operand's dtype; empty (0,)
         where not wanted. Rows of subspaces that are not both active and trainable are zero in dB and dC.
     """
+    basis, basis_bias, row_subspace, offsets, active, trainable, *_ = subspaces
     acc = accumulation_dtype(dy.dtype)
     rho = B.shape[0]
     need_dx, need_dweight, need_dbias, need_dB, need_dC = needs
@@ -117,10 +107,8 @@ def backward(
         if P is not None:
             dB = (dS.to(dy.dtype).T @ P).to(acc)
         else:
-            assert x is not None
-            dB = (dS.to(dy.dtype).T @ x).to(acc)
-            if basis is not None:
-                dB = dB @ basis.T.to(acc)
+            assert x is not None and basis is not None
+            dB = (dS.to(dy.dtype).T @ x).to(acc) @ basis.T.to(acc)
             if basis_bias is not None:
                 dB += torch.outer(dS.sum(0), basis_bias.to(acc))
         dB = _only(learns, dB).to(B.dtype)

@@ -14,6 +14,7 @@ from adamss_kernels.config import BACKENDS
 from adamss_kernels.decompose import decompose
 from adamss_kernels.importance import build_banks
 from adamss_kernels.layout import gather_index
+from adamss_kernels.subspaces import Subspaces
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # M, D, N, R, ranks: a BERT-sized layer, and one so small that calls cost as much as kernels.
@@ -38,9 +39,10 @@ def operands(size: str, dtype: torch.dtype) -> tuple:
     def randn(*shape: int, to: torch.dtype = dtype) -> torch.Tensor:
         return torch.randn(*shape, generator=g).to(DEVICE, to)
 
-    factors = randn(R, D), randn(R), randn(layout.rho, R, to=torch.float32), randn(N, layout.r_max, to=torch.float32)
+    B, C = randn(layout.rho, R, to=torch.float32), randn(N, layout.r_max, to=torch.float32)
     masks = (torch.ones(len(ranks), dtype=torch.bool, device=DEVICE),) * 2
-    return randn(M, D), randn(N, D), randn(N), *factors, layout.row_subspace, layout.offsets, *masks
+    subspaces = Subspaces(randn(R, D), randn(R), layout.row_subspace, layout.offsets, *masks)
+    return randn(M, D), randn(N, D), randn(N), B, C, subspaces
 
 
 def run(benchmark, group: str, call, *arguments) -> None:
@@ -59,13 +61,12 @@ def run(benchmark, group: str, call, *arguments) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES)
 def test_linear_forward(benchmark, size, dtype, kept, backend):
-    x, weight, bias, basis, a, B, C, rows, offsets, active, _ = operands(size, DTYPES[dtype])
+    x, weight, bias, B, C, subspaces = operands(size, DTYPES[dtype])
     group = f"forward, {size}, {dtype}, {kept}"
     if backend == "base product alone":
         run(benchmark, group, torch.addmm, bias, x, weight.T)
         return
-    forward = ops.implementation(backend).forward
-    run(benchmark, group, forward, x, weight, bias, basis, a, B, C, rows, offsets, active, *FORWARDS[kept])
+    run(benchmark, group, ops.OPERATORS[backend].forward, x, weight, bias, B, C, *subspaces[:5], *FORWARDS[kept])
 
 
 @pytest.mark.parametrize("backend", ["base product alone", *able])
@@ -74,17 +75,16 @@ def test_linear_forward(benchmark, size, dtype, kept, backend):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES)
 def test_linear_backward(benchmark, size, dtype, wanted, kept, backend):
-    x, weight, bias, basis, a, B, C, rows, offsets, active, trainable = operands(size, DTYPES[dtype])
+    x, weight, bias, B, C, subspaces = operands(size, DTYPES[dtype])
     dy = torch.randn_like(x @ weight.T)
     group = f"backward, {size}, {dtype}, {wanted} from {kept}"
     if backend == "base product alone":
         run(benchmark, group, torch.mm, dy, weight)
         return
-    module = ops.implementation(backend)
-    _, S, P = module.forward(x, weight, bias, basis, a, B, C, rows, offsets, active, True, kept == "P")
+    forward, backward = ops.OPERATORS[backend]
+    _, S, P = forward(x, weight, bias, B, C, *subspaces[:5], True, kept == "P")
     saved = (x, S, None) if kept == "x" else (None, S, P)
-    frozen = (weight, basis, a, B, C, rows, offsets, active, trainable)
-    run(benchmark, group, module.backward, dy, *saved, *frozen, BACKWARDS[wanted])
+    run(benchmark, group, backward, dy, *saved, weight, B, C, *subspaces[:6], BACKWARDS[wanted])
 
 
 @pytest.mark.parametrize("backend", ["torch", *(["native"] if native.unavailable(DEVICE) is None else [])])

@@ -26,6 +26,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import adamss_kernels.triton as backend
+from adamss_kernels.subspaces import Subspaces
 from adamss_kernels.triton import tuning
 
 ARCHS = {
@@ -173,7 +174,8 @@ def operators(dtype: torch.dtype, M: int, D: int, N: int, R: int, K: int, rank: 
         operands = [torch.empty(shape, dtype=dtype, device="cuda") for shape in ((M, D), (N, D), (N,), (R, D), (R,))]
         rows, offsets = (torch.empty(n, dtype=torch.int32, device="cuda") for n in (N, K + 1))
         active, trainable = (torch.empty(K, dtype=torch.bool, device="cuda") for _ in range(2))
-        x, weight, _, basis, basis_bias = operands
+        x, weight, bias, basis, basis_bias = operands
+        subspaces = Subspaces(basis, basis_bias, rows, offsets, active, trainable)
         dy = torch.empty(M, N, dtype=dtype, device="cuda")
         for form, (keep_S, keep_P) in itertools.product(
             tuning.FORWARD_FORMS, ((False, False), (True, True), (True, False))
@@ -181,16 +183,16 @@ def operators(dtype: torch.dtype, M: int, D: int, N: int, R: int, K: int, rank: 
 
             def forward(form=form, keep_S=keep_S, keep_P=keep_P):  # type: ignore[no-untyped-def]
                 with mock.patch.object(tuning, "forward_form", lambda *key: form):
-                    return backend.forward(*operands, B, C, rows, offsets, active, keep_S, keep_P)
+                    return backend.forward(x, weight, bias, B, C, subspaces, keep_S, keep_P)
 
             yield forward
         S, P = torch.empty(M, K * rank, device="cuda"), torch.empty(M, R, dtype=dtype, device="cuda")
         for form, kept in itertools.product(tuning.BACKWARD_FORMS, ((None, P), (x, None))):
 
             def backward(form=form, kept=kept):  # type: ignore[no-untyped-def]
-                frozen = (weight, basis, basis_bias, B, C, rows, offsets, active, trainable)
                 with mock.patch.object(tuning, "backward_form", lambda *key: form):
-                    return backend.backward(dy, kept[0], S, kept[1], *frozen, [True, False, False, True, True])
+                    needs = [True, False, False, True, True]
+                    return backend.backward(dy, kept[0], S, kept[1], weight, B, C, subspaces, needs)
 
             yield backward
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adamss_kernels import AdaMSSConfig, FusedAdaMSSLinear, SubspaceLayout, available_backends
+from adamss_kernels.subspaces import Subspaces
 
 pytest_plugins = ["cuda_on_host"]
 
@@ -35,6 +36,12 @@ class Problem:
     @property
     def operands(self) -> tuple:
         return self.x, self.weight, self.bias, self.basis, self.basis_bias, self.B, self.C, self.layout
+
+    def raw(self, active: Tensor | None = None, trainable: Tensor | None = None) -> tuple:
+        """Detached operands as a backend's `forward` takes them: x, weight, bias, B, C and `Subspaces`."""
+        x, weight, bias, basis, basis_bias, B, C = (None if t is None else t.detach() for t in self.operands[:-1])
+        rows = (self.layout.row_subspace, self.layout.offsets)
+        return x, weight, bias, B, C, Subspaces(basis, basis_bias, *rows, active, trainable)
 
     def to(self, dtype: torch.dtype, param_dtype: torch.dtype | None = None) -> Problem:
         """Cast to `dtype`, and B and C to `param_dtype`; the leaves are new and require grad where they did."""

@@ -62,6 +62,6 @@ def twin(twin_file, monkeypatch):
     monkeypatch.setattr(cuda, "_current", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(cuda, "_multiprocessors", lambda _: 2)
     monkeypatch.setattr(cuda, "unavailable", lambda device_type=None, dtype=None: None)
-    ops._kernels.cache_clear()
+    ops._chosen.cache_clear()
     yield device
-    ops._kernels.cache_clear()
+    ops._chosen.cache_clear()

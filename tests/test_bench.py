@@ -39,9 +39,9 @@ def _as_outside_of_tests(monkeypatch):
 @pytest.fixture
 def fresh_kernels():
     """`ops` remembers which functions it calls; forget that around a test that replaces one."""
-    ops._kernels.cache_clear()
+    ops._chosen.cache_clear()
     yield
-    ops._kernels.cache_clear()
+    ops._chosen.cache_clear()
 
 
 def bench(*arguments, out=None):
@@ -154,7 +154,7 @@ def test_a_planted_regression_is_found_and_named_and_the_same_code_is_no_regress
         return forward(*args)
 
     monkeypatch.setattr(reference, "forward", slow)
-    ops._kernels.cache_clear()
+    ops._chosen.cache_clear()
     bench(*PLANTED, out=tmp_path / "after")
     capsys.readouterr()
     assert main(["bench", "--compare", str(tmp_path / "before"), str(tmp_path / "after"), "--threshold", "0.25"]) == 1

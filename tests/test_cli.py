@@ -39,14 +39,14 @@ def test_info_fails_when_a_backend_computes_nonsense(monkeypatch, capsys):
         return y * 1.001, S, P
 
     monkeypatch.setattr(reference, "forward", wrong)
-    ops._kernels.cache_clear()
+    ops._chosen.cache_clear()
     try:
         monkeypatch.setattr("adamss_kernels.cli.info.available_backends", lambda: {"native": "available"})
         assert main(["info"]) == 1
         assert "FAILED its self-test" in capsys.readouterr().out
     finally:
         monkeypatch.undo()
-        ops._kernels.cache_clear()
+        ops._chosen.cache_clear()
 
 
 def test_info_is_also_a_module():

@@ -17,6 +17,7 @@ from torch import nn
 from adamss_kernels import adamss_linear, ops
 from adamss_kernels.layout import block_diagonal, column_mask
 from adamss_kernels.native import cuda, cuda_library
+from adamss_kernels.subspaces import Subspaces
 
 ROOT = Path(__file__).parent.parent
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -175,17 +176,18 @@ def test_a_basis_and_parameters_of_another_dtype_are_taken(twin, A_dtype):
 @pytest.mark.parametrize("keep_P", [True, False])
 def test_outputs_are_what_the_fakes_declare(twin, needs, M, keep_P):
     problem = make_problem(M=M, dtype=torch.bfloat16)
-    *operands, layout = (t.detach() if isinstance(t, torch.Tensor) else t for t in problem.operands)
-    rows = (layout.row_subspace, layout.offsets)
-    x, weight = operands[:2]
+    x, weight, bias, B, C, subspaces = problem.raw()
     for keep_S in (True, False):
-        forward = (*operands, *rows, None, keep_S, keep_P)
-        made, declared = cuda.forward(*forward), ops._linear_forward_fake(*forward, "cuda")
+        made = cuda.forward(x, weight, bias, B, C, subspaces, keep_S, keep_P)
+        declared = ops._forward_fake(x, weight, bias, B, C, *subspaces[:5], keep_S, keep_P)
         assert [(t.shape, t.stride(), t.dtype) for t in made] == [(t.shape, t.stride(), t.dtype) for t in declared]
-    _, S, P = cuda.forward(*operands, *rows, None, True, keep_P)
+    _, S, P = cuda.forward(x, weight, bias, B, C, subspaces, True, keep_P)
     dy = torch.randn(M, weight.shape[0]).to(torch.bfloat16)
-    backward = (dy, x, S, P if keep_P else None, weight, *operands[3:], *rows, None, None, needs)
-    made, declared = cuda.backward(*backward), ops._linear_backward_fake(*backward, "cuda")
+    backward = (dy, x, S, P if keep_P else None, weight, B, C)
+    made, declared = (
+        cuda.backward(*backward, subspaces, needs),
+        ops._backward_fake(*backward, *subspaces[:6], needs),
+    )
     assert [(t.shape, t.stride(), t.dtype) for t in made] == [(t.shape, t.stride(), t.dtype) for t in declared]
 
 
@@ -234,17 +236,18 @@ def test_nothing_outside_the_tensors_is_read_or_written(twin, dtype, N, monkeypa
         return box(torch.full(shape if isinstance(shape, (tuple, torch.Size)) else (shape,), float("nan"),
                               dtype=dtype or t.dtype))  # fmt: skip
 
-    operands = [box(t) for t in problem.operands[:-1]]
-    rows = [box(t, 10**6) for t in (problem.layout.row_subspace, problem.layout.offsets)]
-    active, trainable = torch.tensor([True, True, False]), torch.tensor([True, False, True])
+    masks = torch.tensor([True, True, False]), torch.tensor([True, False, True])
+    *operands, subspaces = problem.raw(*masks)
+    x, weight, bias, B, C = map(box, operands)
+    basis, basis_bias, *rows = subspaces[:4]
+    subspaces = Subspaces(box(basis), box(basis_bias), *(box(t, 10**6) for t in rows), *masks)
     linear = torch.nn.functional.linear
     monkeypatch.setattr(cuda.F, "linear", lambda *args: box(linear(*args)))
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-    y, S, P = cuda.forward(*operands, *rows, active, True, True)
+    y, S, P = cuda.forward(x, weight, bias, B, C, subspaces, True, True)
     dy = box(torch.randn(67, N).to(dtype))
-    needs = [True, False, False, True, True]
-    backward = (dy, None, S, P, operands[1], *operands[3:], *rows, active, trainable, needs)
-    results = (y, S, P, *(t for t in cuda.backward(*backward) if t.numel()))
+    gradients = cuda.backward(dy, None, S, P, weight, B, C, subspaces, [True, False, False, True, True])
+    results = (y, S, P, *(t for t in gradients if t.numel()))
     assert all(torch.isfinite(t).all() for t in results)
     assert all(check() for check in checks)
 

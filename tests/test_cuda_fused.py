@@ -11,6 +11,7 @@ from adamss_kernels import SubspaceLayout, ops
 from adamss_kernels.layout import block_diagonal, column_mask, gather_index
 from adamss_kernels.native import cuda_hopper
 from adamss_kernels.native.cuda_library import FusedArgs
+from adamss_kernels.subspaces import Subspaces
 
 CASES = {
     "30 columns of S": {"M": 70, "D": 40, "N": 300, "R": 100, "ranks": (3,) * 10},
@@ -60,8 +61,8 @@ def operands(case, active, trainable, with_basis=True):
     c, layout = case, case["layout"]
     basis, a = (c["basis"], c["basis_bias"]) if with_basis else (None, None)
     B = c["B"] if with_basis else torch.randn(layout.rho, c["x"].shape[1])
-    tensors = (c["x"], c["x"], c["weight"], c["bias"], basis, a, B, c["C"], layout.row_subspace, layout.offsets)
-    args, held = cuda_hopper._operands(*tensors, active, trainable)
+    subspaces = Subspaces(basis, a, layout.row_subspace, layout.offsets, active, trainable)
+    args, held = cuda_hopper._operands(c["x"], c["x"], c["weight"], c["bias"], B, c["C"], subspaces)
     return args, held, B
 
 
@@ -131,7 +132,8 @@ def test_auto_takes_the_fused_kernels_on_hopper_from_65_tokens_on(monkeypatch):
     def choose(dtype, has_few_tokens=False):
         return ops.choose_backend("auto", torch.device("cuda"), dtype, has_few_tokens)
 
-    monkeypatch.setattr(ops, "_OVERRIDE", "auto")
+    monkeypatch.delenv("ADAMSS_BACKEND", raising=False)
+    monkeypatch.setattr(ops, "_chosen", ops._chosen.__wrapped__)
     for name in ("triton", "cuda"):
         monkeypatch.setattr(ops.implementation(name), "unavailable", lambda device_type=None, dtype=None: None)
     monkeypatch.setattr(cuda_hopper, "is_here", lambda: True)

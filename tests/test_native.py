@@ -16,7 +16,7 @@ import torch
 from accuracy import naive, relative_error
 from conftest import make_problem
 
-from adamss_kernels import AdaMSSConfig, SubspaceAllocator, adamss_linear, inject_adamss, native
+from adamss_kernels import AdaMSSConfig, SubspaceAllocator, adamss_linear, inject_adamss, native, ops
 from adamss_kernels.native.library import _NAME, _find, load
 
 ROOT = Path(__file__).parent.parent
@@ -127,23 +127,22 @@ def test_the_backward_of_many_tokens_has_work_for_64_threads():
 def test_the_operators_keep_no_reference_to_what_they_are_given():
     """Their C++ takes owned handles of every tensor: one that is not given back keeps its memory for ever."""
     problem = make_problem(M=40, D=12, N=10, R=8, dtype=torch.float32)
-    x, weight, bias, basis, basis_bias, B, C, layout = (
-        t.detach().clone() if isinstance(t, torch.Tensor) else t for t in problem.operands
-    )
-    mask = torch.ones(layout.num_subspaces, dtype=torch.bool)
-    rows = (layout.row_subspace, layout.offsets)
-    given = (x, weight, bias, basis, basis_bias, B, C, *rows, mask)
+    mask = torch.ones(problem.layout.num_subspaces, dtype=torch.bool)
+    *operands, subspaces = problem.raw(mask, mask)
+    given = [t.clone() for t in (*operands, *subspaces[:5])]
+    x, weight, _, _, _, basis, basis_bias, *_ = given
+    forward, backward = ops.OPERATORS["native"]
 
     def users(t):
         return torch._C._storage_Use_Count(t.untyped_storage()._cdata)
 
     before = [users(t) for t in given]
     for keep in (True, False):
-        y, S, P = native.forward(*given, keep, keep)
+        y, S, P = forward(*given, keep, keep)
         for saved in ({"x": x, "P": None}, {"x": None, "P": x @ basis.T + basis_bias}):
-            grads = native.backward(
-                torch.ones_like(y), saved["x"], S if keep else None, saved["P"], weight, basis, basis_bias, B, C, *rows,
-                mask, mask, [True, saved["x"] is not None, True, True, keep],
+            grads = backward(
+                torch.ones_like(y), saved["x"], S if keep else None, saved["P"], weight, *given[3:], mask,
+                [True, saved["x"] is not None, True, True, keep],
             )  # fmt: skip
             assert [users(t) for t in grads] == [2] * 5, "the tensor and the storage that asks"
         assert [users(t) for t in (y, S, P)] == [2] * 3
@@ -151,10 +150,9 @@ def test_the_operators_keep_no_reference_to_what_they_are_given():
 
 
 def test_what_the_operators_refuse_reaches_python_and_loses_nothing():
-    problem = make_problem(M=4, D=12, N=10, R=8, dtype=torch.float16)
-    *tensors, layout = problem.operands
+    *operands, subspaces = make_problem(M=4, D=12, N=10, R=8, dtype=torch.float16).raw()
     with pytest.raises(RuntimeError, match="expected float32, float64 or bfloat16"):
-        native.forward(*tensors, layout.row_subspace, layout.offsets, None, True, False)
+        ops.OPERATORS["native"].forward(*operands, *subspaces[:5], True, False)
 
 
 @pytest.mark.slow

@@ -7,15 +7,9 @@ import torch
 from conftest import CPU_BACKENDS, make_problem
 
 from adamss_kernels import adamss_linear, available_backends
-from adamss_kernels.ops import backward_operator, choose_backend, forward_operator
+from adamss_kernels.ops import OPERATORS, _chosen, choose_backend
 
 CPU = torch.device("cpu")
-
-
-def raw_operands(**options):
-    problem = make_problem(**options)
-    *operands, layout = (t if t is None or not isinstance(t, torch.Tensor) else t.detach() for t in problem.operands)
-    return [*operands, layout.row_subspace, layout.offsets]
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
@@ -25,8 +19,8 @@ def raw_operands(**options):
 @pytest.mark.parametrize("masked", [True, False])
 def test_forward_passes_opcheck(backend, keep_S, keep_P, dtype, masked):
     active = torch.tensor([True, False, True]) if masked else None
-    operands = raw_operands(dtype=dtype)
-    torch.library.opcheck(forward_operator, (*operands, active, keep_S, keep_P, backend))
+    *operands, subspaces = make_problem(dtype=dtype).raw(active)
+    torch.library.opcheck(OPERATORS[backend].forward, (*operands, *subspaces[:5], keep_S, keep_P))
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
@@ -34,20 +28,30 @@ def test_forward_passes_opcheck(backend, keep_S, keep_P, dtype, masked):
 @pytest.mark.parametrize("needs", [[True] * 5, [True, False, False, True, True], [False, False, False, True, False]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_backward_passes_opcheck(backend, projection, needs, dtype):
-    x, weight, bias, *rest = raw_operands(dtype=dtype)
-    _, S, P = forward_operator(x, weight, bias, *rest, None, True, projection, backend)
-    dy = torch.randn(x.shape[0], weight.shape[0], dtype=dtype)
     mask = torch.tensor([True, False, True])
-    args = (dy, x, S, P if projection else None, weight, *rest, mask, mask, needs, backend)
-    torch.library.opcheck(backward_operator, args)
+    x, weight, bias, B, C, subspaces = make_problem(dtype=dtype).raw(mask, mask)
+    forward, backward = OPERATORS[backend]
+    _, S, P = forward(x, weight, bias, B, C, *subspaces[:5], True, projection)
+    dy = torch.randn(x.shape[0], weight.shape[0], dtype=dtype)
+    args = (dy, x, S, P if projection else None, weight, B, C, *subspaces[:6], needs)
+    torch.library.opcheck(backward, args)
+
+
+def test_every_backend_has_a_pair_of_one_schema():
+    schemas = [[str(op._schema).replace(f"{name}_", "") for op in pair] for name, pair in OPERATORS.items()]
+    assert all(schema == schemas[0] for schema in schemas)
+    assert set(OPERATORS) == set(available_backends())
 
 
 def test_auto_is_overridden_by_the_environment(monkeypatch):
-    monkeypatch.setattr("adamss_kernels.ops._OVERRIDE", "reference")
+    _chosen.cache_clear()
+    monkeypatch.setenv("ADAMSS_BACKEND", "reference")
     assert choose_backend("auto", CPU, torch.float32) == "reference"
-    monkeypatch.setattr("adamss_kernels.ops._OVERRIDE", "abacus")
+    _chosen.cache_clear()
+    monkeypatch.setenv("ADAMSS_BACKEND", "abacus")
     with pytest.raises(ValueError, match="expected 'auto' or one of .* got 'abacus'"):
         choose_backend("auto", CPU, torch.float32)
+    _chosen.cache_clear()
 
 
 def test_an_explicit_backend_runs_or_raises():

@@ -8,6 +8,7 @@ TRITON_INTERPRET is read when Triton's decorators run, so `make test` starts pyt
 from __future__ import annotations
 
 import inspect
+import itertools
 
 import pytest
 import torch
@@ -20,7 +21,9 @@ from triton.runtime.interpreter import InterpretedFunction
 
 import adamss_kernels.triton as backend
 from adamss_kernels import adamss_linear, available_backends, ops
+from adamss_kernels.functional import fused_linear
 from adamss_kernels.layout import block_diagonal, column_mask
+from adamss_kernels.subspaces import Subspaces
 from adamss_kernels.triton import kernels, kernels_backward, launch, tuning
 
 FORMS = [("fused", "two_launch"), ("two_launch", "two_launch"), ("epilogue", "epilogue")]
@@ -279,26 +282,49 @@ def test_layer_trains_and_compiles():
 @pytest.mark.parametrize("M", [0, 17])
 @pytest.mark.parametrize("keep", [(False, False), (True, True), (True, False)])
 def test_operators_do_what_they_declare(form, M, keep):
-    problem = make_problem(M, 20, 24).to(torch.float32)
-    tensors = [None if t is None else t.detach() for t in problem.operands[:-1]]
-    rows, offsets = problem.layout.row_subspace, problem.layout.offsets
-    args = (*tensors, rows, offsets, torch.ones(3, dtype=torch.bool), *keep, "triton")
+    ones = torch.ones(3, dtype=torch.bool)
+    x, weight, bias, B, C, subspaces = make_problem(M, 20, 24).to(torch.float32).raw(ones, ones)
+    forward, backward = ops.OPERATORS["triton"]
+    args = (x, weight, bias, B, C, *subspaces[:5], *keep)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.adamss_kernels.linear_forward.default, args, test_utils=checks)
+    torch.library.opcheck(forward, args, test_utils=checks)
     if not keep[0]:
         return
-    _, S, P = ops.linear_forward(*args)
-    x, weight, _, basis, basis_bias, B, C = tensors
+    _, S, P = forward(*args)
     for needs in ((True, True, True), (True, False, False), (False, True, True), (False, False, True)):
         args = (
-            torch.randn(M, 24), None if keep[1] else x, S, P if keep[1] else None, weight, basis, basis_bias, B, C,
-            rows, offsets, None, torch.ones(3, dtype=torch.bool), [needs[0], False, False, *needs[1:]], "triton",
+            torch.randn(M, 24), None if keep[1] else x, S, P if keep[1] else None, weight, B, C, *subspaces[:4],
+            None, ones, [needs[0], False, False, *needs[1:]],
         )  # fmt: skip
-        torch.library.opcheck(torch.ops.adamss_kernels.linear_backward.default, args, test_utils=checks)
+        torch.library.opcheck(backward, args, test_utils=checks)
 
 
-def test_every_kernel_has_run():
-    """Last on purpose: counts what the tests above launched."""
+@pytest.mark.parametrize("pruned", [False, True])
+def test_without_a_basis_B_takes_x_itself(form, pruned):
+    """As in LoRA, with the subspaces' masks."""
+    problem = make_problem(M=5, D=12, N=24, R=12, bias=False).to(torch.float32)
+    mask = torch.tensor([True, False, True]) if pruned else None
+    identity = torch.eye(12)
+    rows = (problem.layout.row_subspace, problem.layout.offsets)
+    dy = torch.randn(5, 24)
+
+    def values(basis, **options):
+        leaves = (problem.x, problem.B, problem.C)
+        y = fused_linear(
+            problem.x, problem.weight, None, problem.B, problem.C, Subspaces(basis, None, *rows, mask, mask), **options
+        )
+        return (y, *torch.autograd.grad(y, leaves, dy))
+
+    for got, expected in zip(values(None, backend="triton"), values(identity, backend="reference"), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_every_kernel_runs_in_some_form(monkeypatch):
+    problem = make_problem(M=33, D=20, N=24).to(torch.float32)
+    for (forward, backward), mode in itertools.product(FORMS, ("input", "projection")):
+        monkeypatch.setattr(tuning, "forward_form", lambda *key, form=forward: form)
+        monkeypatch.setattr(tuning, "backward_form", lambda *key, form=backward: form)
+        adamss_linear(*problem.operands, save_for_backward=mode, backend="triton").sum().backward()
     defined = {
         name
         for module in (kernels, kernels_backward)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..functional import apply
+from ..functional import fused_linear
 from .spectrum import SpectralLinear
 
 
@@ -39,8 +39,7 @@ class SpectralRotationalLinear(SpectralLinear):
 
     def adapted(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Map x (M, D) to y (M, N)."""
-        operands = (weight, bias, self.V1.t(), None, self.core(), self.U1, self.row_subspace, self.offsets)
-        return apply(x, *operands, None, None, True, True, "auto", "auto")
+        return fused_linear(x, weight, bias, self.core(), self.U1, self.subspaces(self.V1.t()))
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:

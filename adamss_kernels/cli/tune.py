@@ -22,6 +22,7 @@ from torch import Tensor
 from .. import reference
 from .. import triton as backend
 from ..layout import SubspaceLayout
+from ..subspaces import Subspaces
 from ..triton import tuning
 from .bench.measure import Contender, captured, gpu_timer
 
@@ -226,24 +227,30 @@ def _arguments(size: tuple[int, int, int], dtype: torch.dtype, device: torch.dev
     B, C = randn(layout.rho, _R, dtype=torch.float32) / _R**0.5, randn(N, layout.r_max, dtype=torch.float32)
     # Tokens one by one are inference, where nothing is kept; otherwise what `save_for_backward="auto"` keeps.
     keep_S, keep_P = M > 16, 16 * _R <= N and M > 16
-    rows = (layout.row_subspace, layout.offsets)
     ones = torch.ones(K, dtype=torch.bool, device=device)
-    operands = (x, weight, bias, basis, a, B, C, *rows, ones)
+    subspaces = Subspaces(basis, a, layout.row_subspace, layout.offsets, ones, ones)
+    operands = (x, weight, bias, B, C, subspaces)
     forward = (*operands, keep_S, keep_P)
     _, S, P = reference.forward(*operands, True, keep_P)
     kept = (None, S, P) if keep_P else (x, S, None)
-    backward = (randn(M, N), *kept, weight, basis, a, B, C, *rows, ones, ones, [True, False, False, True, True])
+    backward = (randn(M, N), *kept, weight, B, C, subspaces, [True, False, False, True, True])
     return {"forward": forward, "backward": backward}
 
 
 def _gated(name: str, args: tuple[Any, ...]) -> tuple[Callable[[], tuple[Tensor, ...]], list[Tensor], list[float]]:
     """Return a call of the operator, its results in float64, and twice the reference's errors plus one rounding."""
-    exact_args = (t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in args)
-    exact = list(getattr(reference, name)(*exact_args))
+    exact = list(getattr(reference, name)(*map(_doubled, args)))
     plain = getattr(reference, name)(*args)
     unit = torch.finfo(args[0].dtype).eps / 2
     allowed = [2 * _error(got, want) + unit for got, want in zip(plain, exact, strict=True)]
     return lambda: getattr(backend, name)(*args), exact, allowed
+
+
+def _doubled(value: Any) -> Any:
+    """Return `value` with every floating-point tensor in it as float64."""
+    if isinstance(value, Subspaces):
+        return Subspaces(*map(_doubled, value))
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _error(got: Tensor, exact: Tensor) -> float:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import BACKENDS
-from ..functional import apply
+from ..functional import fused_linear
 from ..layout import SubspaceLayout, block_diagonal, pack_columns
+from ..subspaces import Subspaces
 from .peft_asa import AdapterAllocation
 
 logger = logging.getLogger(__name__)
@@ -127,24 +128,9 @@ class FusedAdamssLinear(PeftLinear):
             return F.linear(x, weight, bias).to(dtype)
         index = indices[active[0]]
         B, C, trainable = self._packed(active[0], index)
-        buffers = index._buffers
-        y = apply(
-            x,
-            weight,
-            bias,
-            buffers["basis"],
-            buffers["basis_bias"],
-            B,
-            C,
-            buffers["row_subspace"],
-            buffers["offsets"],
-            None,
-            trainable,
-            True,
-            True,
-            "auto",
-            self.backend,
-        )
+        buffers: Any = index._buffers
+        frozen = (buffers["basis"], buffers["basis_bias"], buffers["row_subspace"], buffers["offsets"])
+        y = fused_linear(x, weight, bias, B, C, Subspaces(*frozen, trainable=trainable), backend=self.backend)
         if len(active) > 1:
             y = y + self._further_updates(x, [(name, indices[name]) for name in active[1:]])
         return y if y.dtype is dtype else y.to(dtype)

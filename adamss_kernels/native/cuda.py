@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..subspaces import Subspaces, accumulation_dtype
 from . import cuda_hopper
 from .cuda_library import (
     DeltaBwdArgs,
@@ -64,27 +65,23 @@ def forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    basis: Tensor,
-    basis_bias: Tensor | None,
     B: Tensor,
     C: Tensor,
-    row_subspace: Tensor,
-    offsets: Tensor,
-    active: Tensor | None,
+    subspaces: Subspaces,
     keep_S: bool,
     keep_P: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `reference.forward`."""
-    (M, N), acc = (x.shape[0], weight.shape[0]), _accumulation_dtype(x.dtype)
-    P = x.new_empty((M, basis.shape[0]) if keep_P else 0)
+    basis, basis_bias, row_subspace, offsets, active, *_ = subspaces
+    (M, N), acc = (x.shape[0], weight.shape[0]), accumulation_dtype(x.dtype)
+    P = x.new_empty((M, basis.shape[0]) if basis is not None and keep_P else 0)
     if M == 0:
         return x.new_empty(0, N), x.new_empty((0, B.shape[0]) if keep_S else 0, dtype=acc), P
     with _current(x.device):
-        if keep_P:
+        if basis is not None and keep_P:
             P = cuda_hopper.input_product(x, basis, basis_bias)
         if cuda_hopper.takes(x, weight, B.shape[0], bias):
-            rows = (row_subspace, offsets, active)
-            y, S = cuda_hopper.forward(x, weight, bias, basis, basis_bias, B, C, *rows, keep_S)
+            y, S = cuda_hopper.forward(x, weight, bias, B, C, subspaces, keep_S)
             return y, x.new_empty(0, dtype=acc) if S is None else S, P
         if keep_P:
             Q, q = input_projection(None, None, B, offsets, active, x.dtype)
@@ -119,28 +116,22 @@ def backward(
     S: Tensor | None,
     P: Tensor | None,
     weight: Tensor,
-    basis: Tensor,
-    basis_bias: Tensor | None,
     B: Tensor,
     C: Tensor,
-    row_subspace: Tensor,
-    offsets: Tensor,
-    active: Tensor | None,
-    trainable: Tensor | None,
+    subspaces: Subspaces,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute `reference.backward`."""
+    basis, basis_bias, row_subspace, offsets, active, trainable, *_ = subspaces
     need_dx, need_dweight, need_dbias, need_dB, need_dC = needs
-    M, acc = dy.shape[0], _accumulation_dtype(dy.dtype)
+    M, acc = dy.shape[0], accumulation_dtype(dy.dtype)
     dx, dweight, dbias, dB, dC = (dy.new_empty(0, dtype=t.dtype) for t in (dy, dy, dy, B, C))
     with _current(dy.device):
         if M == 0:
             dx = dy.new_empty(0, weight.shape[1]) if need_dx else dx
             dB, dC = torch.zeros_like(B) if need_dB else dB, torch.zeros_like(C) if need_dC else dC
         elif need_dx and cuda_hopper.takes(dy, weight, B.shape[0]) and (x is None or cuda_hopper.is_aligned(x)):
-            rows = (row_subspace, offsets, active, trainable)
-            operands = (dy, x, S, P, weight, basis, basis_bias, B, C, *rows)
-            dx, dB_, dC_ = cuda_hopper.backward(*operands, need_dB, need_dC)
+            dx, dB_, dC_ = cuda_hopper.backward(dy, x, S, P, weight, B, C, subspaces, need_dB, need_dC)
             dB, dC = dB if dB_ is None else dB_, dC if dC_ is None else dC_
         elif need_dx or need_dB or need_dC:
             active, trainable = dense(active, torch.bool), dense(trainable, torch.bool)
@@ -174,7 +165,7 @@ def input_projection(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
     """Return Q = B A (RHO, D) in `dtype` and q = B a (RHO,), zero in the rows of pruned subspaces; Q = B without A."""
-    acc = _accumulation_dtype(dtype)
+    acc = accumulation_dtype(dtype)
     B, active = dense(B, acc), dense(active, torch.bool)
     if basis is not None:
         basis = basis if basis.dtype in (dtype, acc) else basis.to(acc)
@@ -234,12 +225,12 @@ def _delta_bwd(
 
 
 def _grad_B(
-    dS: Tensor, x: Tensor | None, P: Tensor | None, basis: Tensor, basis_bias: Tensor | None, acc: torch.dtype
+    dS: Tensor, x: Tensor | None, P: Tensor | None, basis: Tensor | None, basis_bias: Tensor | None, acc: torch.dtype
 ) -> Tensor:
     """Return dB = dS^T P, or (dS^T x) A^T + (sum_m dS) a^T where x was kept and P was not, in `acc`."""
     if P is not None:
         return _product(dS.t(), P, acc)
-    assert x is not None
+    assert x is not None and basis is not None
     dB = _product(dS.t(), x, acc) @ basis.t().to(acc)
     return dB if basis_bias is None else dB.addr_(dS.sum(0, dtype=acc), basis_bias.to(acc))
 
@@ -249,10 +240,6 @@ def _product(left: Tensor, right: Tensor, acc: torch.dtype) -> Tensor:
     if left.is_cuda and left.dtype is not acc:
         return torch.mm(left, right, out_dtype=acc)
     return torch.mm(left, right).to(acc)
-
-
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 @functools.cache

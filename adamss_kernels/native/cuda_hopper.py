@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..subspaces import Subspaces
 from .cuda_library import FusedArgs, load
 from .cuda_operands import DTYPES as NUMBERS
 from .cuda_operands import dense, layout_of, place, pointer
@@ -67,20 +68,16 @@ def forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    basis: Tensor | None,
-    basis_bias: Tensor | None,
     B: Tensor,
     C: Tensor,
-    row_subspace: Tensor,
-    offsets: Tensor,
-    active: Tensor | None,
+    subspaces: Subspaces,
     keep_S: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Return y = x W^T + bias + S C^T (M, N), and S (M, RHO) in float32 where it is kept, in two launches."""
     y = x.new_empty(x.shape[0], weight.shape[0])
     S = x.new_empty((x.shape[0], B.shape[0]), dtype=torch.float32) if keep_S else None
     bias = dense(bias, x.dtype)
-    args = _operands(x, x, weight, bias, basis, basis_bias, B, C, row_subspace, offsets, active, None)
+    args = _operands(x, x, weight, bias, B, C, subspaces)
     args[0].y, args[0].S = y.data_ptr(), pointer(S)
     _run(x, args[0])
     return y, S
@@ -92,14 +89,9 @@ def backward(
     S: Tensor | None,
     P: Tensor | None,
     weight: Tensor,
-    basis: Tensor | None,
-    basis_bias: Tensor | None,
     B: Tensor,
     C: Tensor,
-    row_subspace: Tensor,
-    offsets: Tensor,
-    active: Tensor | None,
-    trainable: Tensor | None,
+    subspaces: Subspaces,
     need_dB: bool,
     need_dC: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -111,7 +103,7 @@ def backward(
     dB = torch.empty_like(B, dtype=torch.float32, memory_format=torch.contiguous_format) if need_dB else None
     dC = torch.empty_like(C, dtype=torch.float32, memory_format=torch.contiguous_format) if need_dC else None
     S, P = dense(S, torch.float32) if need_dC else None, dense(P, dy.dtype) if need_dB else None
-    args = _operands(dy, x, weight, None, basis, basis_bias, B, C, row_subspace, offsets, active, trainable)
+    args = _operands(dy, x, weight, None, B, C, subspaces)
     fused = args[0]
     fused.dy, fused.stride_dym = dy.data_ptr(), dy.stride(0)
     fused.S, fused.P, fused.dx, fused.dB, fused.dC = pointer(S), pointer(P), dx.data_ptr(), pointer(dB), pointer(dC)
@@ -124,16 +116,12 @@ def _operands(
     x: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
-    basis: Tensor | None,
-    basis_bias: Tensor | None,
     B: Tensor,
     C: Tensor,
-    row_subspace: Tensor,
-    offsets: Tensor,
-    active: Tensor | None,
-    trainable: Tensor | None,
+    subspaces: Subspaces,
 ) -> tuple[FusedArgs, tuple[Tensor | None, ...]]:
     """Return the arguments that both directions share, and the tensors that have to live until the launch."""
+    basis, basis_bias, row_subspace, offsets, active, trainable, *_ = subspaces
     dtype = like.dtype
     B, C = dense(B, torch.float32), dense(C, torch.float32)
     active, trainable = dense(active, torch.bool), dense(trainable, torch.bool)

@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..subspaces import Subspaces
 from . import tuning
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -73,18 +74,15 @@ def forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    basis: Tensor,
-    basis_bias: Tensor | None,
     B: Tensor,
     C: Tensor,
-    row_subspace: Tensor,
-    offsets: Tensor,
-    active: Tensor | None,
+    subspaces: Subspaces,
     keep_S: bool,
     keep_P: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute y = x W^T + bias + S Ct with S = x Q^T + q; see `reference.forward` for shapes and dtypes."""
     launch = _launchers()
+    basis, basis_bias, row_subspace, offsets, active, *_ = subspaces
     if x.shape[0] == 0:
         return _empty_forward(x, weight, basis, B, keep_S, keep_P)
     with _current(x.device):
@@ -113,18 +111,14 @@ def backward(
     S: Tensor | None,
     P: Tensor | None,
     weight: Tensor,
-    basis: Tensor,
-    basis_bias: Tensor | None,
     B: Tensor,
     C: Tensor,
-    row_subspace: Tensor,
-    offsets: Tensor,
-    active: Tensor | None,
-    trainable: Tensor | None,
+    subspaces: Subspaces,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute the gradients of `forward`; see `reference.backward` for formulas, shapes and dtypes."""
     launch = _launchers()
+    basis, basis_bias, row_subspace, offsets, active, trainable, *_ = subspaces
     need_dx, need_dweight, need_dbias, need_dB, need_dC = needs
     dx, dweight, dbias, dB, dC = (dy.new_empty(0, dtype=t.dtype) for t in (dy, dy, dy, B, C))
     M = dy.shape[0]
@@ -174,14 +168,14 @@ def _grad_B(dS, x, P, basis, basis_bias, B, offsets, active, trainable, arch):  
 
 
 def _empty_forward(
-    x: Tensor, weight: Tensor, basis: Tensor, B: Tensor, keep_S: bool, keep_P: bool
+    x: Tensor, weight: Tensor, basis: Tensor | None, B: Tensor, keep_S: bool, keep_P: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     S = x.new_empty((0, B.shape[0]) if keep_S else 0, dtype=torch.float32)
-    return x.new_empty(0, weight.shape[0]), S, x.new_empty((0, basis.shape[0]) if keep_P else 0)
+    return x.new_empty(0, weight.shape[0]), S, x.new_empty((0, basis.shape[0]) if basis is not None and keep_P else 0)
 
 
 def _forward_plan(
-    x: Tensor, weight: Tensor, basis: Tensor, B: Tensor, keep_P: bool, arch: str
+    x: Tensor, weight: Tensor, basis: Tensor | None, B: Tensor, keep_P: bool, arch: str
 ) -> tuple[str, tuning.Config]:
     """Return the form that runs and the configuration of the one-pass kernel, which decides whether that one can."""
     (M, D), N = x.shape, weight.shape[0]
@@ -190,7 +184,7 @@ def _forward_plan(
     config = tuning.config("linear_fwd", x.dtype, arch, shape)
     # The one-pass kernel holds y, all of S and a slice of P in registers.
     too_wide = B.shape[0] > tuning.MAX_FUSED_RHO or (
-        keep_P and _launchers().slice_width(basis.shape[0], N, config) > tuning.MAX_FUSED_SLICE
+        basis is not None and keep_P and _launchers().slice_width(basis.shape[0], N, config) > tuning.MAX_FUSED_SLICE
     )
     return ("two_launch" if form == "fused" and too_wide else form), config
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from triton.runtime import JITFunction
 
+from ..layout import column_mask
 from . import kernels, kernels_backward, tuning
 from .tuning import Config
 
@@ -45,9 +46,20 @@ def block(size: int, limit: int) -> int:
 
 
 def input_projection(
-    basis: Tensor, basis_bias: Tensor | None, B: Tensor, offsets: Tensor, active: Tensor | None, dtype: torch.dtype
+    basis: Tensor | None,
+    basis_bias: Tensor | None,
+    B: Tensor,
+    offsets: Tensor,
+    active: Tensor | None,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return Q = B A (RHO, D) in `dtype` and q = B a (RHO,) in float32, zero in the columns of pruned subspaces."""
+    """Return Q = B A (RHO, D) in `dtype` and q = B a (RHO,) in float32, zero in the columns of pruned subspaces.
+
+    Without a basis Q is B.
+    """
+    if basis is None:
+        pruned = None if active is None else ~column_mask(active, offsets, B.shape[0])
+        return (B if pruned is None else B.masked_fill(pruned[:, None], 0)).to(dtype), None
     (R, D), rho, K = basis.shape, B.shape[0], offsets.shape[0] - 1
     Q = torch.empty(rho, D, dtype=dtype, device=B.device)
     q = None if basis_bias is None else torch.empty(rho, dtype=torch.float32, device=B.device)
@@ -62,9 +74,10 @@ def input_projection(
 
 
 def project(
-    x: Tensor, Q: Tensor, q: Tensor | None, basis: Tensor, basis_bias: Tensor | None, keep_P: bool, arch: str
+    x: Tensor, Q: Tensor, q: Tensor | None, basis: Tensor | None, basis_bias: Tensor | None, keep_P: bool, arch: str
 ) -> tuple[Tensor, Tensor | None]:
     """Return S = x Q^T + q (M, RHO) in float32 and, with `keep_P`, P = x A^T + a (M, R) in the dtype of x."""
+    basis = Q if basis is None else basis  # not read: only P needs it
     (M, D), rho, R = x.shape, Q.shape[0], basis.shape[0] if keep_P else 0
     config = tuning.config("project", x.dtype, arch, tuning.shape_class(M, D, D))
     BLOCK_RHO, BLOCK_R = block(rho, 128), block(R, 128)
@@ -87,11 +100,12 @@ def project(
 
 
 def linear_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor | None, Q: Tensor, q: Tensor | None, basis: Tensor,
+    x: Tensor, weight: Tensor, bias: Tensor | None, Q: Tensor, q: Tensor | None, basis: Tensor | None,
     basis_bias: Tensor | None, C: Tensor, row_subspace: Tensor, offsets: Tensor, active: Tensor | None,
     keep_S: bool, keep_P: bool, config: Config, arch: str,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Return y = x W^T + bias + S Ct (M, N), and S (M, RHO) and P (M, R) where they are kept, from one pass over x."""
+    basis = Q if basis is None else basis  # not read: only P needs it
     (M, D), N, rho, R = x.shape, weight.shape[0], Q.shape[0], basis.shape[0]
     tiles = cdiv(M, config.rows) * cdiv(N, config.cols)
     # Only y is summed over splits: what is kept for backward comes from one program.

@@ -159,8 +159,8 @@ bool updates_weight(int64_t dtype, int64_t M, int64_t N) { return dtype != ADAMS
 
 void forward(Value* stack, uint64_t, uint64_t) {
     Inputs in(stack);
-    Tensor x = in.tensor(), weight = in.tensor(), bias = in.optional(), basis = in.optional(),
-           basis_bias = in.optional(), B = in.tensor(), C = in.tensor();
+    Tensor x = in.tensor(), weight = in.tensor(), bias = in.optional(), B = in.tensor(), C = in.tensor(),
+           basis = in.optional(), basis_bias = in.optional();
     const Tensor row_subspace = in.tensor(), offsets = in.tensor();
     Tensor active = in.optional();
     const bool keep_S = in.boolean(), keep_P = in.boolean();
@@ -186,14 +186,14 @@ void forward(Value* stack, uint64_t, uint64_t) {
                                       keep_S ? S.data() : nullptr, y.data(),
                                       layout_of(row_subspace, offsets, active, Tensor())};
     if (lacks_base(adamss_cpu_forward(&args))) multiply(y, y, x, transposed(weight));
-    if (!keep_P) P = empty(x.dtype(), 0);
+    if (by_P && !keep_P) P = empty(x.dtype(), 0);
     set_outputs(stack, {&y, &S, &P});
 }
 
 void backward(Value* stack, uint64_t, uint64_t) {
     Inputs in(stack);
     Tensor dy = in.tensor(), x = in.optional(), S = in.optional(), P = in.optional(), weight = in.tensor(),
-           basis = in.optional(), basis_bias = in.optional(), B = in.tensor(), C = in.tensor();
+           B = in.tensor(), C = in.tensor(), basis = in.optional(), basis_bias = in.optional();
     const Tensor row_subspace = in.tensor(), offsets = in.tensor();
     Tensor active = in.optional(), trainable = in.optional();
     bool needs[5];
@@ -210,8 +210,8 @@ void backward(Value* stack, uint64_t, uint64_t) {
     Tensor dbias = need_dbias ? column_sums(dy) : empty(dy.dtype(), 0);
     Tensor dB = need_dB ? empty(types.arithmetic, B.size(0), R) : empty(types.arithmetic, 0);
     Tensor dC = need_dC ? empty(types.arithmetic, C.size(0), C.size(1)) : empty(types.arithmetic, 0);
-    // Without a basis x is what B takes, in the place of P. The address of no rows at all would be null: "no P".
-    if (need_dB && !basis) P = M ? std::move(x) : empty(dy.dtype(), 1, R);
+    // The address of no rows at all would be null: "no P".
+    if (need_dB && P && !M) P = empty(dy.dtype(), 1, R);
     if (need_dB && !P && goes_through_P(types.dtype, basis, B.size(0))) P = projected(x, basis, basis_bias);
     const bool by_P = need_dB && P;
     P = dense_rows(std::move(P));
