@@ -35,7 +35,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Under five minutes on two cores; `make bench BENCH=--full` for the long one. Then: python bench/readme.py
+# Under five minutes on two cores; `make bench BENCH=--full` for the long one. Then: python tools/readme.py
 bench: $(STAMP)
 	$(BIN)/adamss-kernels bench --out bench/results $(BENCH)
 

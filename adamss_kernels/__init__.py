@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from . import adapters  # noqa: F401 (registers what checkpoints may hold)
 from .asa import SubspaceAllocator
 from .checkpoint import BaseWeightWarning, load_adapter, save_adapter
 from .config import AdaMSSConfig
@@ -10,7 +11,7 @@ from .formats import export_lora, export_peft
 from .functional import adamss_linear
 from .layout import SubspaceLayout
 from .linear import FusedAdaMSSLinear
-from .model import inject_adamss
+from .model import inject_adamss, merge_and_unload
 from .ops import available_backends
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ __all__ = [
     "export_peft",
     "inject_adamss",
     "load_adapter",
+    "merge_and_unload",
     "revert_adamss_kernels",
     "save_adapter",
 ]

@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import METHODS, AdapterLinear
 from .atomic import replace_file
 from .compact import num_probes, probe, solve
 from .config import AdaMSSConfig
 from .decompose import Decomposition, augmented, rebuild_basis
 from .distributed import full_tensor, is_writer, unwrap, wait_for_writer
-from .frozen_linear import BASE_KEYS, FrozenLinear, plain_linear
+from .frozen_linear import BASE_KEYS, LAYERS_BY_METHOD, FrozenLinear, plain_linear
 from .layout import SubspaceLayout
 from .linear import FusedAdaMSSLinear
 from .model import adapted_layers, replace_modules, saved_modules
@@ -109,10 +108,11 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, compact
             info |= {"r": layer.basis.shape[0], "ranks": list(layer.layout.ranks)}
             if compact and writes:
                 stored = _compacted(name, stored)
-        elif isinstance(layer, AdapterLinear):
+        else:
             if compact:
                 raise ValueError(f"compact: {name} is a {type(layer).__name__}, which has no basis that can be rebuilt")
-            info |= {"method": layer.method, "options": layer.options}
+            related: Any = layer
+            info |= {"method": related.method, "options": related.options}
         tensors |= {f"layers.{name}.{key}": t for key, t in stored.items()}
     for name, module in saved_modules(model).items():
         header["modules_to_save"].append(name)
@@ -322,12 +322,12 @@ def _load_adamss(
 
 def _load_related(name: str, weight: Tensor, bias: Tensor | None, checkpoint: Checkpoint) -> FrozenLinear:
     info = checkpoint.header["layers"][name]
-    if info["method"] not in METHODS:
+    if info["method"] not in LAYERS_BY_METHOD:
         raise ValueError(f"{checkpoint.path}: layer {name!r}: unknown method {info['method']!r}")
     # On meta nothing is drawn or decomposed.
     N, D = weight.shape
     shape = nn.Linear(D, N, bias=bias is not None, device="meta", dtype=weight.dtype)
-    layer = METHODS[info["method"]].from_linear(shape, **info["options"])
+    layer = LAYERS_BY_METHOD[info["method"]].from_linear(shape, **info["options"])
     slots = {key: slot for key, slot in layer.state_dict().items() if key not in BASE_KEYS}
     state = {key: checkpoint.take(f"layers.{name}.{key}", tuple(slot.shape)) for key, slot in slots.items()}
     layer.weight, layer.bias = weight, bias

@@ -5,12 +5,33 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-BACKENDS = ("reference", "native", "triton", "cuda")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
 """Names of the implementations of `adamss_linear`, in no order of preference."""
+
+
+def known_backend(requested: str) -> str:
+    """Return `requested` if it is "auto" or one of `BACKENDS`; "native" is what 0.1.0 called "cpu".
+
+    Raises:
+        ValueError: It is neither.
+
+    Warns:
+        FutureWarning: It is the old name.
+    """
+    if requested == "native":
+        warnings.warn(
+            "backend: 'native' is called 'cpu' now; the old name goes with the next release", FutureWarning, 3
+        )
+        return "cpu"
+    if requested not in ("auto", *BACKENDS):
+        raise ValueError(f"backend: expected 'auto' or one of {BACKENDS}, got {requested!r}")
+    return requested
+
 
 SAVE_FOR_BACKWARD = ("auto", "projection", "input")
 
@@ -104,6 +125,8 @@ class AdaMSSConfig:
         )
         for field in ("use_asa", "use_dynamic_rank"):
             self._require(field, isinstance(getattr(self, field), bool), "a bool")
+        if self.backend == "native":
+            object.__setattr__(self, "backend", known_backend(self.backend))
         for field, choices in (
             ("init_weights", ("orthogonal", None)),
             ("asa_scope", ("global", "layer")),

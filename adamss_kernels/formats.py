@@ -22,7 +22,7 @@ from .distributed import full_tensor, is_writer, unwrap, wait_for_writer
 from .frozen_linear import plain_linear
 from .layout import SubspaceLayout, block_diagonal, column_mask
 from .linear import FusedAdaMSSLinear
-from .model import adamss_layers, adapted_layers, modules_to_save, names_to_save, replace_modules, saved_modules
+from .model import adamss_layers, adapted_layers, modules_named, replace_modules, saved_modules, saved_names
 
 logger = logging.getLogger(__name__)
 
@@ -211,7 +211,7 @@ def import_peft(model: nn.Module, directory: str | os.PathLike[str], *, progress
             layers[name] = _imported_layer(model, name, config, checkpoint)
     saved = {
         name: {key: checkpoint.take(f"{_PREFIX}{name}.{key}", tuple(t.shape)) for key, t in module.state_dict().items()}
-        for name, module in modules_to_save(model, config.modules_to_save or ()).items()
+        for name, module in modules_named(model, config.modules_to_save or ()).items()
     }
     unused = checkpoint.tensors.keys() - checkpoint.used
     if unused:
@@ -336,7 +336,7 @@ def _peft_modules_to_save(root: nn.Module, saved: list[str]) -> list[str] | None
                     f"modules_to_save: PEFT cannot load {inner!r}, which {outer!r} holds; name one of them"
                 )
     everything = [name for name, _ in root.named_modules(remove_duplicate=False)]
-    for names in (names_to_save(root), saved):
+    for names in (saved_names(root), saved):
         if {n for n in everything if any(n.endswith(name) for name in names)} == set(saved):
             return names
     extra = min(n for n in everything if any(n.endswith(name) for name in saved) and n not in saved)

@@ -12,6 +12,11 @@ BASE_KEYS = ("weight", "bias", "original_weight", "original_bias")
 """Names in the state dict of a layer that are not the update's; the last two are there while the layer is merged."""
 
 
+LAYERS_BY_METHOD: dict[str, type[Any]] = {}
+"""Layers beside AdaMSS's that checkpoints hold, by the name of their method: classes with attributes `method` and
+`options`, and `from_linear(linear, **options)`. Whoever makes them registers them here."""
+
+
 class FrozenLinear(nn.Module):
     """A linear layer with a frozen weight and a trainable update of it; a method adds `forward` and `delta_weight`.
 

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import functools
 import math
-from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import native
 from .distributed import full_tensor
 from .linear import FusedAdaMSSLinear
 
@@ -340,12 +338,6 @@ class ImportanceBank:
         in_blocks = self.device.type == "cpu" and sum(sizes) > _CPU_BLOCK
         block = _CPU_BLOCK if in_blocks else max(1, sum(sizes))
         self._blocks = list(zip(*(buffer.split(block) for buffer in buffers), strict=True))
-        # The library takes plain contiguous matrices; anything else goes through PyTorch.
-        self._sizes = array("q", [p.numel() for stack in stacks for p in stack.parameters()])
-        self._is_native = native.unavailable(self.device.type, dtype) is None and all(
-            type(p) is nn.Parameter for stack in stacks for p in stack.parameters()
-        )
-        self._betas = betas
         # 0-dim tensors, so that the device can zero them for a step that does not count.
         self._weights = tuple(torch.tensor(1 - beta, dtype=dtype, device=self.device) for beta in betas)
 
@@ -355,11 +347,6 @@ class ImportanceBank:
         Returns:
             Its sum over this rank's elements, a 0-dim tensor: finite exactly when all of it is.
         """
-        if self._is_native:
-            weights = [weight for stack in self.stacks for weight in stack.parameters()]
-            total = native.measure_importance(weights, [w.grad for w in weights], self._sizes, self._measured)
-            if total is not None:
-                return torch.tensor(total, dtype=torch.float64, device="cpu")
         for stack in self.stacks:
             stack.gather()
         sums = [measured.mul_(grad).abs_().sum() for _, _, measured, grad in self._blocks]
@@ -378,10 +365,6 @@ class ImportanceBank:
             # With weight 0 a lerp changes nothing, not even rounding, provided that its end is finite.
             weight1, weight2 = weight1 * valid, weight2 * valid
             self._measured.nan_to_num_(0.0, 0.0, 0.0)
-        elif self._is_native:
-            beta1, beta2 = self._betas
-            native.accumulate_importance(self._measured, self._importance, self._uncertainty, 1 - beta1, 1 - beta2)
-            return
         for importance, uncertainty, measured, scratch in self._blocks:
             deviation = torch.sub(measured, importance, out=scratch).abs_()
             uncertainty.lerp_(deviation, weight2)

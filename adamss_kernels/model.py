@@ -1,4 +1,4 @@
-"""`inject_adamss` and `merge_adapter`: replace linear layers of a model in place by adapted ones, and back."""
+"""`inject_adamss` and `merge_and_unload`: replace linear layers of a model in place by adapted ones, and back."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def inject_adamss(model: nn.Module, config: AdaMSSConfig, *, progress: bool = Tr
 
 def replace_targets(
     model: nn.Module,
-    choice: AdaMSSConfig,
+    selection: AdaMSSConfig,
     build: Callable[[nn.Linear, str], FrozenLinear],
     *,
     title: str,
     progress: bool,
 ) -> None:
-    """Replace the linear layers that `choice` targets by what `build(linear, name)` makes of each, all or none.
+    """Replace the linear layers that `selection` targets by what `build(linear, name)` makes of each, all or none.
 
     `build` shares the parameters of the linear layer and leaves them as they are. Raises as `inject_adamss` does.
     """
@@ -74,8 +74,8 @@ def replace_targets(
             )
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError("model: is wrapped in DDP, which would not see new parameters; adapt it before wrapping it")
-    modules_to_save(model, choice.modules_to_save or ())
-    targets = _targets(model, choice)
+    modules_named(model, selection.modules_to_save or ())
+    targets = _targets(model, selection)
 
     layers: dict[nn.Linear, FrozenLinear] = {}
     with tqdm(targets.items(), desc=title, unit="layer", disable=not progress) as bar:
@@ -90,7 +90,7 @@ def replace_modules(model: nn.Module, layers: Mapping[str, FrozenLinear]) -> Non
     """Put `layers` in place under their names, then train all adapted layers' updates and what they save, no more."""
     by_module = {model.get_submodule(name): layer for name, layer in layers.items()}
     _swap(model, {**by_module, **layers})
-    _keep_calling(model)
+    _keep_encoders_calling(model)
     model.requires_grad_(False)
     for layer in adapted_layers(model).values():
         layer.train_update()
@@ -120,7 +120,7 @@ def _swap(model: nn.Module, replacements: Mapping[Any, nn.Module]) -> None:
             model.set_submodule(name, new)
 
 
-def _keep_calling(model: nn.Module) -> None:
+def _keep_encoders_calling(model: nn.Module) -> None:
     """Make PyTorch's transformer encoder call its adapted layers, whose weights alone it would use in eval mode.
 
     There `nn.TransformerEncoderLayer` passes all its weights to one fused kernel, unless a module in it has a hook, and
@@ -131,15 +131,15 @@ def _keep_calling(model: nn.Module) -> None:
             module.use_nested_tensor = False
         elif isinstance(module, nn.TransformerEncoderLayer):
             for layer in (module.linear1, module.linear2):
-                if isinstance(layer, FrozenLinear) and _called not in layer._forward_pre_hooks.values():
-                    layer.register_forward_pre_hook(_called)
+                if isinstance(layer, FrozenLinear) and _do_nothing not in layer._forward_pre_hooks.values():
+                    layer.register_forward_pre_hook(_do_nothing)
 
 
-def _called(module: nn.Module, args: object) -> None:
-    """Do nothing: that there is a hook is all that counts."""
+def _do_nothing(module: nn.Module, args: object) -> None:
+    """Be a hook: that there is one is all that counts."""
 
 
-def merge_adapter(model: nn.Module) -> nn.Module:
+def merge_and_unload(model: nn.Module) -> nn.Module:
     """Replace every adapted layer by a plain `nn.Linear` with the update folded in; there is no way back.
 
     Parameters that other modules share (tied weights) keep their values there; where that is the head of a
@@ -167,12 +167,22 @@ def merge_adapter(model: nn.Module) -> nn.Module:
         raise ValueError("model: has no FusedAdaMSSLinear or adapter; use inject_adamss or inject_adapter first")
     _swap(model, linears)
     for linear in linears.values():
-        for key in [key for key, hook in linear._forward_pre_hooks.items() if hook is _called]:
+        for key in [key for key, hook in linear._forward_pre_hooks.items() if hook is _do_nothing]:
             del linear._forward_pre_hooks[key]
     return model
 
 
-def modules_to_save(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+def merge_adapter(model: nn.Module) -> nn.Module:
+    """Call `merge_and_unload` by the name that 0.1.0 had for it.
+
+    Warns:
+        FutureWarning: Always; the name goes with the next release.
+    """
+    warnings.warn("merge_adapter is called merge_and_unload now", FutureWarning, stacklevel=2)
+    return merge_and_unload(model)
+
+
+def modules_named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
     """Return the modules that a config's `modules_to_save` names.
 
     Raises:
@@ -190,10 +200,10 @@ def modules_to_save(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Modu
 
 def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules that train and are saved with the adapted layers of `model`, by name."""
-    return modules_to_save(model, names_to_save(model))
+    return modules_named(model, saved_names(model))
 
 
-def names_to_save(model: nn.Module) -> list[str]:
+def saved_names(model: nn.Module) -> list[str]:
     """Return the names that the configs of the adapted layers of `model` have in `modules_to_save`."""
     return list(dict.fromkeys(name for layer in adapted_layers(model).values() for name in layer.modules_to_save))
 

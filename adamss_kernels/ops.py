@@ -17,14 +17,12 @@ from typing import NamedTuple
 
 import torch
 
-from .config import BACKENDS
+from .config import BACKENDS, known_backend
 from .subspaces import Subspaces, accumulation_dtype
 
 FEW_TOKENS = 64
 """Up to so many tokens tiles of 128 rows stay mostly empty: a GPU's backends are then preferred in another order."""
-_PREFERENCE = {"cpu": ("native",), "cuda": ("triton", "cuda")}
-# Backends that do not live in a module of their own name.
-_MODULES = {"cuda": "native.cuda"}
+_PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 
 _FORWARD = (
     "(Tensor x, Tensor weight, Tensor? bias, Tensor B, Tensor C, Tensor? basis, Tensor? basis_bias, "
@@ -82,7 +80,7 @@ def _library_kernels(name):
 
     def stand_in(which):
         def kernel(tensor, *operands):
-            reason = implementation(name).unavailable(tensor.device.type, tensor.dtype)
+            reason = implementation(name).why_unavailable(tensor.device.type, tensor.dtype)
             if reason is not None:
                 raise RuntimeError(f"backend {name!r} cannot run {tensor.dtype} on {tensor.device.type}: {reason}")
             return OPERATORS[name][which](tensor, *operands)
@@ -112,7 +110,7 @@ def _defined(name):
         torch.library.register_fake(f"adamss_kernels::{operator}", fake, lib=_library)
         return getattr(torch.ops.adamss_kernels, operator).default
 
-    forward, backward = _library_kernels(name) if name == "native" else _python_kernels(name)
+    forward, backward = _library_kernels(name) if name == "cpu" else _python_kernels(name)
     return Operators(
         defined(f"{name}_forward", _FORWARD, forward, _forward_fake),
         defined(f"{name}_backward", _BACKWARD, backward, _backward_fake),
@@ -127,18 +125,18 @@ OPERATORS = {name: _defined(name) for name in BACKENDS}
 def implementation(name: str) -> ModuleType:
     """Return the module that implements backend `name`, importing it on first use.
 
-    Such a module has `unavailable(device_type, dtype)`, which returns None or the reason why it cannot run there, and,
-    unless compiled code gives the operators their kernels, `forward` and `backward` with the arguments of
+    Such a module has `why_unavailable(device_type, dtype)`, which returns None or the reason why it cannot run there,
+    and, unless compiled code gives the operators their kernels, `forward` and `backward` with the arguments of
     `reference.forward` and `reference.backward`.
     """
-    return importlib.import_module(f"{__package__}.{_MODULES.get(name, name)}")
+    return importlib.import_module(f"{__package__}.{name}")
 
 
 def choose_backend(requested: str, device: torch.device, dtype: torch.dtype, has_few_tokens: bool = False) -> str:
     """Return the backend that runs for tensors of `dtype` on `device`: the only place where that is decided.
 
     "auto" is replaced by the environment variable ADAMSS_BACKEND where that is set at the first call. What is still
-    "auto" takes the first of these that can run: on the CPU native, reference; on CUDA and ROCm triton, cuda,
+    "auto" takes the first of these that can run: on the CPU cpu, reference; on CUDA and ROCm triton, cuda,
     reference, but cuda before triton where its library has the fused kernels for the GPU (Hopper, 16-bit dtypes) and
     more than `FEW_TOKENS` tokens to fill their tiles with; elsewhere reference. Where Triton works on a GPU with no
     dtype at all (it cannot be imported, or its first kernel does not compile), one warning names the cause and what
@@ -158,18 +156,17 @@ choose_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @functools.cache
 def _chosen(requested, device_type, dtype, has_few_tokens):
+    requested = known_backend(requested)
     if requested == "auto":
-        requested = os.environ.get("ADAMSS_BACKEND") or "auto"
+        requested = known_backend(os.environ.get("ADAMSS_BACKEND") or "auto")
     if requested == "auto":
         preferred = _preferred(device_type, dtype, has_few_tokens)
-        able = (name for name in preferred if implementation(name).unavailable(device_type, dtype) is None)
+        able = (name for name in preferred if implementation(name).why_unavailable(device_type, dtype) is None)
         chosen = next(able, "reference")
         if device_type == "cuda" and chosen != preferred[0]:
             _warn_of_broken(device_type, chosen)
         return chosen
-    if requested not in BACKENDS:
-        raise ValueError(f"backend: expected 'auto' or one of {BACKENDS}, got {requested!r}")
-    reason = implementation(requested).unavailable(device_type, dtype)
+    reason = implementation(requested).why_unavailable(device_type, dtype)
     if reason is not None:
         raise RuntimeError(f"backend {requested!r} cannot run {dtype} on {device_type}: {reason}")
     return requested
@@ -187,7 +184,7 @@ def _warn_of_broken(device_type, chosen):
     """Warn, once, that backends before `chosen` run no dtype on this kind of device; the first of them counts."""
     reasons = []
     for name in _PREFERENCE[device_type]:
-        reason = None if name == chosen else implementation(name).unavailable(device_type)
+        reason = None if name == chosen else implementation(name).why_unavailable(device_type)
         if reason is None:
             break
         reasons.append(f"{name!r} cannot run on {device_type}: {reason}")
@@ -197,4 +194,4 @@ def _warn_of_broken(device_type, chosen):
 
 def available_backends() -> dict[str, str]:
     """Return, for every backend, "available" or the reason why it cannot run on this machine."""
-    return {name: implementation(name).unavailable() or "available" for name in BACKENDS}
+    return {name: implementation(name).why_unavailable() or "available" for name in BACKENDS}

@@ -13,7 +13,7 @@ from .layout import block_diagonal, column_mask, gather_index
 from .subspaces import Subspaces, accumulation_dtype
 
 
-def unavailable(device_type: str | None = None, dtype: torch.dtype | None = None) -> str | None:
+def why_unavailable(device_type: str | None = None, dtype: torch.dtype | None = None) -> str | None:
     """Return why this backend cannot run `dtype` on `device_type`: it always can."""
     return None
 

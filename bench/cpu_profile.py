@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from adamss_kernels.cli.bench import layer, measure, providers, results
-from adamss_kernels.native.allocator import keep_freed_memory
+from adamss_kernels.cli.bench.allocator import keep_freed_memory
 
 # The layers of README's table that are furthest from the bare one.
 CASES: list[dict[str, Any]] = [
@@ -30,10 +30,10 @@ CASES: list[dict[str, Any]] = [
     {"D": 4096, "M": 512, "r": 3},
     {"D": 768, "M": 4096, "r": 3, "dtype": "bfloat16"},
 ]
-NAMES = ("linear", "native")
+NAMES = ("linear", "cpu")
 # Shared object and symbol to a word; the first that matches.
 _WORDS = [
-    (r"libadamss_cpu\S* .*?(\w+)(?:<.*)?$", r"native: \1"),
+    (r"libadamss_cpu\S* .*?(\w+)(?:<.*)?$", r"cpu: \1"),
     (r"libtorch_cpu\S* .*(?:mkl_|dnnl|gemm|_acopy)|\[JIT\]|jit", "base product"),
     (r"libtorch_cpu\S* ", "other PyTorch kernels"),
     (r"libgomp|libiomp|libomp", "waiting for the other thread"),

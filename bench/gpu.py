@@ -55,7 +55,7 @@ def tests(device: torch.device, budget: float, record: Record) -> None:
         command += ["-n", str(max(1, os.cpu_count() or 1))]
         variables["OMP_NUM_THREADS"] = "2"
     for backend in ("cuda", "triton", "reference"):
-        others = " and ".join(f"not {name}" for name in ("native", "cuda", "triton", "reference") if name != backend)
+        others = " and ".join(f"not {name}" for name in ("cpu", "cuda", "triton", "reference") if name != backend)
         start = time.monotonic()
         status, said = _run([*command, "-k", others, "tests/test_gpu.py"], device, budget, **variables)
         budget -= time.monotonic() - start
@@ -115,10 +115,10 @@ def asa(device: torch.device, budget: float, record: Record) -> None:
 def sanitize(device: torch.device, budget: float, record: Record) -> None:
     """The kernels on small shapes under compute-sanitizer: memory errors, then races in shared memory."""
     deadline = time.monotonic() + budget
-    program = [sys.executable, str(ROOT / "bench" / "small_shapes.py"), "--device", device.type]
+    program = [sys.executable, str(ROOT / "tools" / "small_shapes.py"), "--device", device.type]
     tool = shutil.which("compute-sanitizer")
     for backend, check in itertools.product(("cuda", "triton"), ("memcheck", "racecheck")):
-        reason = ops.implementation(backend).unavailable(device.type, torch.float32)
+        reason = ops.implementation(backend).why_unavailable(device.type, torch.float32)
         left = deadline - time.monotonic()
         if reason is not None or left < 5:
             record({"backend": backend, "check": check, "skipped": reason or "no time left"})

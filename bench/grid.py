@@ -34,7 +34,7 @@ def contenders(D: int, N: int, device: torch.device, dtype: torch.dtype) -> dict
     first = FusedAdaMSSLinear.from_linear(linear, AdaMSSConfig(**options))
     nn.init.normal_(first.C, std=0.02)
     for name, state in available_backends().items():
-        if state == "available" and name in (("triton", "cuda") if device.type == "cuda" else ("native", "triton")):
+        if state == "available" and name in (("triton", "cuda") if device.type == "cuda" else ("cpu", "triton")):
             layer = copy.deepcopy(first)
             layer.config = dataclasses.replace(layer.config, backend=name)
             layers[f"adamss {name}"] = layer

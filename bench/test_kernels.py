@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from adamss_kernels import AdaMSSConfig, FusedAdaMSSLinear, SubspaceAllocator, SubspaceLayout, native, ops
+from adamss_kernels import AdaMSSConfig, FusedAdaMSSLinear, SubspaceAllocator, SubspaceLayout, ops
 from adamss_kernels.config import BACKENDS
 from adamss_kernels.decompose import decompose
 from adamss_kernels.importance import build_banks
@@ -20,7 +20,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # M, D, N, R, ranks: a BERT-sized layer, and one so small that calls cost as much as kernels.
 SIZES = {"768": (2048, 768, 768, 100, (3,) * 10), "small": (16, 64, 64, 16, (1,) * 4)}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-able = [name for name in BACKENDS if ops.implementation(name).unavailable(DEVICE) is None]
+able = [name for name in BACKENDS if ops.implementation(name).why_unavailable(DEVICE) is None]
 # What the operator returns besides y: nothing for inference; S, or S and P, for training.
 FORWARDS = {"nothing kept": (False, False), "S kept": (True, False), "S and P kept": (True, True)}
 # dx, dweight, dbias, dB, dC.
@@ -87,14 +87,12 @@ def test_linear_backward(benchmark, size, dtype, wanted, kept, backend):
     run(benchmark, group, backward, dy, *saved, weight, B, C, *subspaces[:6], BACKWARDS[wanted])
 
 
-@pytest.mark.parametrize("backend", ["torch", *(["native"] if native.unavailable(DEVICE) is None else [])])
 @pytest.mark.parametrize("operation", ["measure", "accumulate"])
-def test_importance(benchmark, operation, backend):
+def test_importance(benchmark, operation):
     layer = FusedAdaMSSLinear.from_linear(torch.nn.Linear(768, 768).to(DEVICE), AdaMSSConfig(num_subspaces=10))
     for p in (layer.B, layer.C):
         p.grad = torch.randn_like(p)
     (bank,) = build_banks({"layer": layer}, (0.85, 0.85))
-    bank._is_native = backend == "native"
     bank.measure()
     call = bank.measure if operation == "measure" else lambda: bank.accumulate(None)
     run(benchmark, f"ASA {operation}, one layer", call)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from adamss_kernels import ops
-from adamss_kernels.native import cuda, cuda_hopper, cuda_library
+from adamss_kernels import cuda, ops
+from adamss_kernels.compiled import cuda_library
+from adamss_kernels.cuda import hopper
 
 ROOT = Path(__file__).parent.parent
 
@@ -56,12 +57,12 @@ def twin(twin_file, monkeypatch):
     device = Twin(twin_file)
     device.set()
     monkeypatch.setattr(cuda, "load", lambda: device.library)
-    for module in (cuda, cuda_hopper):
+    for module in (cuda, hopper):
         monkeypatch.setattr(module, "place", lambda t: (0, None))
-    monkeypatch.setattr(cuda_hopper, "_is_hopper", lambda _: False)
+    monkeypatch.setattr(hopper, "_is_hopper", lambda _: False)
     monkeypatch.setattr(cuda, "_current", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(cuda, "_multiprocessors", lambda _: 2)
-    monkeypatch.setattr(cuda, "unavailable", lambda device_type=None, dtype=None: None)
+    monkeypatch.setattr(cuda, "why_unavailable", lambda device_type=None, dtype=None: None)
     ops._chosen.cache_clear()
     yield device
     ops._chosen.cache_clear()

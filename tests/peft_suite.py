@@ -59,13 +59,13 @@ def pytest_configure(config: object) -> None:
         _counts["models"] += 1
 
     AdamssModel.__init__ = construct_fused
-    packed = integration.FusedAdamssLinear._packed
+    packed = integration.FusedPeftLinear._packed
 
     def counted(self: object, *args: object) -> object:
         _counts["fused calls"] += 1
         return packed(self, *args)
 
-    integration.FusedAdamssLinear._packed = counted
+    integration.FusedPeftLinear._packed = counted
 
 
 def pytest_collection_modifyitems(items: list) -> None:

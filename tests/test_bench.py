@@ -297,14 +297,14 @@ def test_exponents_are_those_of_the_upper_half_of_a_sweep():
             "provider": provider,
             "seconds": {"median": max(1e-3, 1e-6 * 2 ** (power * n))},
         }
-        for provider, power in (("linear", 1.0), ("native", 1.5))
+        for provider, power in (("linear", 1.0), ("cpu", 1.5))
         for n in range(8, 16)
     ]
     fits = {fit["provider"]: fit for fit in scaling.exponents(rows)}
     assert fits["linear"]["exponent"] == pytest.approx(1.0)
-    assert fits["native"]["exponent"] == pytest.approx(1.5)
-    assert fits["native"]["range"] == [2**12, 2**15]
-    assert fits["native"]["case"] == {"of": "layer", "sweep": "M", "D": 8}
+    assert fits["cpu"]["exponent"] == pytest.approx(1.5)
+    assert fits["cpu"]["range"] == [2**12, 2**15]
+    assert fits["cpu"]["case"] == {"of": "layer", "sweep": "M", "D": 8}
 
 
 def test_the_full_run_sweeps_what_the_short_one_does_and_more():
@@ -331,7 +331,7 @@ def test_the_microbenchmarks_run():
 def test_freed_memory_stays_with_the_process_while_it_is_measured():
     code = """if True:
         import resource, sys, torch
-        from adamss_kernels.native.allocator import keep_freed_memory
+        from adamss_kernels.cli.bench.allocator import keep_freed_memory
         kept = keep_freed_memory()
         assert kept or sys.platform != "linux"
         def faults():
@@ -364,13 +364,13 @@ def test_a_profile_gathers_functions_into_words(monkeypatch):
     assert cpu_profile.shares(report.splitlines()) == pytest.approx(
         {
             "base product": 0.60,
-            "native: dot_block": 0.15,
+            "cpu: dot_block": 0.15,
             "waiting for the other thread": 0.09,
             "other PyTorch kernels": 0.07,
-            "native: outer_tile": 0.04,
+            "cpu: outer_tile": 0.04,
             "Python and PyTorch around the kernels": 0.03,
             "operating system": 0.02,
-            "native: product": 0.005,
+            "cpu: product": 0.005,
         }
     )
 

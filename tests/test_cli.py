@@ -25,7 +25,7 @@ def test_info_tests_every_available_backend(capsys):
         else:
             assert report["backends"][name] == f"unavailable: {state}"
     assert report["cpu"]["threads"] == torch.get_num_threads()
-    assert report["native"]["ISA"]
+    assert report["cpu_library"]["ISA"]
     assert report["cuda"]["state"].startswith(("built ", "not built"))
 
 
@@ -41,7 +41,7 @@ def test_info_fails_when_a_backend_computes_nonsense(monkeypatch, capsys):
     monkeypatch.setattr(reference, "forward", wrong)
     ops._chosen.cache_clear()
     try:
-        monkeypatch.setattr("adamss_kernels.cli.info.available_backends", lambda: {"native": "available"})
+        monkeypatch.setattr("adamss_kernels.cli.info.available_backends", lambda: {"cpu": "available"})
         assert main(["info"]) == 1
         assert "FAILED its self-test" in capsys.readouterr().out
     finally:

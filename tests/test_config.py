@@ -72,3 +72,10 @@ def test_a_config_is_immutable_hashable_and_survives_json():
     restored = AdaMSSConfig(**json.loads(json.dumps(config.to_dict())))
     assert restored == config
     assert hash(restored) == hash(config)
+
+
+def test_the_backend_that_the_first_release_called_native_is_taken_with_a_warning():
+    with pytest.warns(FutureWarning, match="'native' is called 'cpu' now"):
+        assert AdaMSSConfig(backend="native").backend == "cpu"
+    with pytest.raises(ValueError, match="backend"):
+        AdaMSSConfig(backend="abacus")

@@ -14,9 +14,9 @@ from accuracy import naive, relative_error
 from conftest import make_problem
 from torch import nn
 
-from adamss_kernels import adamss_linear, ops
+from adamss_kernels import adamss_linear, cuda, ops
+from adamss_kernels.compiled import cuda_library
 from adamss_kernels.layout import block_diagonal, column_mask
-from adamss_kernels.native import cuda, cuda_library
 from adamss_kernels.subspaces import Subspaces
 
 ROOT = Path(__file__).parent.parent

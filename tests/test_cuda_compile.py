@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from adamss_kernels.native import cuda_compile, cuda_library
+from adamss_kernels.compiled import cuda_compile, cuda_library
 
 pytestmark = pytest.mark.slow
 
@@ -19,7 +19,7 @@ NVCC = cuda_compile.find_nvcc()
 if NVCC is None:
     pytest.skip("no nvcc", allow_module_level=True)
 
-_spec = importlib.util.spec_from_file_location("cuda_compile_bench", ROOT / "bench" / "cuda_compile.py")
+_spec = importlib.util.spec_from_file_location("cuda_compile_bench", ROOT / "tools" / "cuda_compile.py")
 bench = importlib.util.module_from_spec(_spec)
 sys.modules["cuda_compile_bench"] = bench
 _spec.loader.exec_module(bench)
@@ -69,7 +69,7 @@ def test_the_kept_table_lists_every_kernel_and_architecture(rows):
         assert f"## sm_{arch}\n" in kept
     for kernel in {row.kernel for row in rows}:
         times = 1 if kernel.split("<")[0] in HOPPER_KERNELS else len(cuda_compile.ARCHITECTURES)
-        assert kept.count(f"| `{kernel}` |") == times, f"{kernel}: run bench/cuda_compile.py"
+        assert kept.count(f"| `{kernel}` |") == times, f"{kernel}: run tools/cuda_compile.py"
 
 
 def test_the_update_moves_sixteen_bytes_at_a_time_and_nothing_is_atomic(tmp_path):

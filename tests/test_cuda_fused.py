@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from adamss_kernels import SubspaceLayout, ops
+from adamss_kernels.compiled.cuda_library import FusedArgs
+from adamss_kernels.cuda import hopper
 from adamss_kernels.layout import block_diagonal, column_mask, gather_index
-from adamss_kernels.native import cuda_hopper
-from adamss_kernels.native.cuda_library import FusedArgs
 from adamss_kernels.subspaces import Subspaces
 
 CASES = {
@@ -38,7 +38,7 @@ def case(request, monkeypatch):
     M, D, N, R, ranks = (sizes[name] for name in ("M", "D", "N", "R", "ranks"))
     K, bf16 = len(ranks), torch.bfloat16
     rows = torch.cat((torch.arange(K), torch.randint(0, K, (N - K,)))).to(torch.int32)
-    monkeypatch.setattr(cuda_hopper, "_multiprocessors", lambda _: 2)
+    monkeypatch.setattr(hopper, "_multiprocessors", lambda _: 2)
     return {
         "x": torch.randn(M, D).to(bf16),
         "weight": torch.randn(N, D).to(bf16),
@@ -62,7 +62,7 @@ def operands(case, active, trainable, with_basis=True):
     basis, a = (c["basis"], c["basis_bias"]) if with_basis else (None, None)
     B = c["B"] if with_basis else torch.randn(layout.rho, c["x"].shape[1])
     subspaces = Subspaces(basis, a, layout.row_subspace, layout.offsets, active, trainable)
-    args, held = cuda_hopper._operands(c["x"], c["x"], c["weight"], c["bias"], B, c["C"], subspaces)
+    args, held = hopper._operands(c["x"], c["x"], c["weight"], c["bias"], B, c["C"], subspaces)
     return args, held, B
 
 
@@ -135,20 +135,20 @@ def test_auto_takes_the_fused_kernels_on_hopper_from_65_tokens_on(monkeypatch):
     monkeypatch.delenv("ADAMSS_BACKEND", raising=False)
     monkeypatch.setattr(ops, "_chosen", ops._chosen.__wrapped__)
     for name in ("triton", "cuda"):
-        monkeypatch.setattr(ops.implementation(name), "unavailable", lambda device_type=None, dtype=None: None)
-    monkeypatch.setattr(cuda_hopper, "is_here", lambda: True)
+        monkeypatch.setattr(ops.implementation(name), "why_unavailable", lambda device_type=None, dtype=None: None)
+    monkeypatch.setattr(hopper, "is_here", lambda: True)
     assert [choose(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)] == ["cuda", "cuda", "triton"]
     assert choose(torch.bfloat16, has_few_tokens=True) == "triton"
-    monkeypatch.setattr(cuda_hopper, "is_here", lambda: False)
+    monkeypatch.setattr(hopper, "is_here", lambda: False)
     assert choose(torch.bfloat16) == "triton"
 
 
 def test_what_the_fused_kernels_cannot_read_goes_around_cublas(monkeypatch):
-    monkeypatch.setattr(cuda_hopper, "_is_hopper", lambda _: True)
+    monkeypatch.setattr(hopper, "_is_hopper", lambda _: True)
     x, weight = torch.zeros(128, 64, dtype=torch.bfloat16), torch.zeros(48, 64, dtype=torch.bfloat16)
     bias = torch.zeros(48)
-    assert cuda_hopper.takes(x, weight, 30, bias)
-    assert cuda_hopper.takes(x, weight, 64)
+    assert hopper.takes(x, weight, 30, bias)
+    assert hopper.takes(x, weight, 64)
     refused = {
         "64 columns of S and the bias": (x, weight, 64, bias),
         "few tokens": (x[:64], weight, 30, bias),
@@ -159,4 +159,4 @@ def test_what_the_fused_kernels_cannot_read_goes_around_cublas(monkeypatch):
         "one row for all": (x[:1].expand(128, 64), weight, 30, bias),
     }
     for what, operands in refused.items():
-        assert not cuda_hopper.takes(*operands), what
+        assert not hopper.takes(*operands), what

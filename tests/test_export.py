@@ -16,7 +16,7 @@ from torch import nn
 from adamss_kernels import AdaMSSConfig, export_lora, export_peft, inject_adamss, load_adapter, save_adapter
 from adamss_kernels.adapters import inject_adapter
 from adamss_kernels.formats import import_peft
-from adamss_kernels.model import adamss_layers, merge_adapter
+from adamss_kernels.model import adamss_layers, merge_and_unload
 
 peft = pytest.importorskip("peft")
 
@@ -311,12 +311,12 @@ def test_a_damaged_checkpoint_of_peft_is_refused_by_name(tmp_path):
 def test_merging_leaves_plain_linear_layers_with_the_same_outputs():
     model = trained()
     expected = outputs(model)
-    assert merge_adapter(model) is model
+    assert merge_and_unload(model) is model
     assert not adamss_layers(model)
     assert model.state_dict().keys() == Net().state_dict().keys()
     assert (outputs(model) - expected).abs().max() <= TOLERANCE
     with pytest.raises(ValueError, match="model: has no FusedAdaMSSLinear"):
-        merge_adapter(model)
+        merge_and_unload(model)
 
 
 def test_merging_a_shared_layer_keeps_it_shared_and_a_diverged_one_changes_nothing():
@@ -326,9 +326,9 @@ def test_merging_a_shared_layer_keeps_it_shared_and_a_diverged_one_changes_nothi
     layers = adamss_layers(model)
     layers["blocks.1.down"].C.data.fill_(torch.inf)
     with pytest.raises(ValueError, match=r"blocks\.1\.down: merge: the merged weight"):
-        merge_adapter(model)
+        merge_and_unload(model)
     assert adamss_layers(model) == layers
     layers["blocks.1.down"].C.data.zero_()
-    merge_adapter(model)
+    merge_and_unload(model)
     assert model.blocks[1]["up"] is model.blocks[0]["up"]
     assert type(model.blocks[0]["up"]) is nn.Linear

@@ -23,7 +23,7 @@ if ON_GPU and not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 pytestmark = pytest.mark.gpu
 needs_cuda = pytest.mark.skipif(not ON_GPU, reason="needs CUDA itself")
-BACKENDS = ("reference", "native", "triton", "cuda")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
 # (M, D, N, R, ranks): each shape class, alignment of nothing, many columns of S, more rank than width.
 SHAPES = (
     [
@@ -50,7 +50,7 @@ DTYPES = {
 
 
 def backend_or_skip(name, dtype):
-    reason = ops.implementation(name).unavailable(DEVICE, dtype)
+    reason = ops.implementation(name).why_unavailable(DEVICE, dtype)
     if reason is not None:
         pytest.skip(f"{name}: {reason}")
     return name

@@ -161,7 +161,7 @@ def test_operands_need_not_be_contiguous(backend):
     ids=["fp32", "bf16", "bf16-fp32", "fp16-fp32"],
 )
 def test_error_is_at_most_twice_plain_pytorchs_plus_one_rounding(backend, mode, dtype, param_dtype):
-    if implementation(backend).unavailable("cpu", dtype) is not None:
+    if implementation(backend).why_unavailable("cpu", dtype) is not None:
         with pytest.raises(RuntimeError, match=f"backend '{backend}' cannot run {dtype}"):
             choose_backend(backend, torch.device("cpu"), dtype)
         return

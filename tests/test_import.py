@@ -37,7 +37,7 @@ layer(torch.randn(3, 8)).sum().backward()
 assert layer.C.grad.abs().sum() > 0
 states = ak.available_backends()
 assert states["reference"] == "available"
-assert states["native"] != "available", states
+assert states["cpu"] != "available", states
 """
     )
 

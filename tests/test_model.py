@@ -11,7 +11,7 @@ from torch import nn
 
 from adamss_kernels import AdaMSSConfig, FusedAdaMSSLinear, inject_adamss
 from adamss_kernels.adapters import LoRALinear
-from adamss_kernels.model import adamss_layers, merge_adapter
+from adamss_kernels.model import adamss_layers, merge_and_unload
 
 
 class Block(nn.Module):
@@ -240,7 +240,7 @@ def test_hooks_of_a_replaced_layer_go_on_being_called():
     model(torch.randn(2, 12, requires_grad=True)).sum().backward()
     assert calls == ["before", "after", "backward"]
     first.remove()
-    merge_adapter(model)(torch.randn(2, 12))
+    merge_and_unload(model)(torch.randn(2, 12))
     assert calls[3:] == ["before"]
 
 
@@ -260,7 +260,7 @@ def test_pytorchs_own_encoder_calls_its_adapted_layers_in_eval_mode_too():
     with torch.inference_mode():
         torch.testing.assert_close(model.encoder(x, src_key_padding_mask=padding)[~padding], expected)
     # Merged it is PyTorch's own again: nothing of this package is left in it.
-    merge_adapter(model)
+    merge_and_unload(model)
     assert "adamss" not in str(pickle.dumps(model))
     with torch.no_grad():
         torch.testing.assert_close(model.encoder(x, src_key_padding_mask=padding)[~padding], expected)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from adamss_kernels.native import cuda_compile
+from adamss_kernels.compiled import cuda_compile
 
 pytestmark = pytest.mark.slow
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 
 
 CUDA_SOURCES = {
-    f"adamss_kernels/native/csrc/{p.name}" for p in (ROOT / "csrc/cuda").iterdir() if p.suffix in (".cu", ".h")
+    f"adamss_kernels/compiled/csrc/{p.name}" for p in (ROOT / "csrc/cuda").iterdir() if p.suffix in (".cu", ".h")
 }
 
 
@@ -29,8 +29,8 @@ def build_wheel(folder: Path, **environment: str) -> set[str]:
     (wheel,) = folder.glob("adamss_kernels-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         for name in ("build_state.txt", "cuda_build_state.txt"):
-            if f"adamss_kernels/native/{name}" in archive.namelist():
-                (folder / name).write_bytes(archive.read(f"adamss_kernels/native/{name}"))
+            if f"adamss_kernels/compiled/{name}" in archive.namelist():
+                (folder / name).write_bytes(archive.read(f"adamss_kernels/compiled/{name}"))
         return set(archive.namelist())
 
 
@@ -50,7 +50,7 @@ def test_the_wheel_holds_sources_types_and_libraries_and_nothing_else(tmp_path):
     assert "for 80+PTX" in state or not nvcc
     assert (tmp_path / "build_state.txt").read_text().startswith("built with ")
     rest = {n for n in names - sources - libraries if ".dist-info/" not in n}
-    states = {f"adamss_kernels/native/{name}" for name in ("build_state.txt", "cuda_build_state.txt")}
+    states = {f"adamss_kernels/compiled/{name}" for name in ("build_state.txt", "cuda_build_state.txt")}
     assert rest == {"adamss_kernels/py.typed"} | states | CUDA_SOURCES
     (wheel,) = tmp_path.glob("*.whl")
     assert "-py3-none-" in wheel.name

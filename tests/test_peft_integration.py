@@ -18,7 +18,7 @@ peft = pytest.importorskip("peft")
 from peft.tuners.adamss.layer import Linear as PeftLinear  # noqa: E402
 from peft.tuners.adamss.model import AdamssModel  # noqa: E402
 
-from adamss_kernels.integrations.peft import FusedAdamssLinear, FusedAdamssModel, _require_known_peft  # noqa: E402
+from adamss_kernels.integrations.peft import FusedPeftLinear, FusedPeftModel, _require_known_peft  # noqa: E402
 
 WIDTH = 24
 
@@ -90,7 +90,7 @@ def ids(seed: int = 0, batch: int = 8) -> torch.Tensor:
 
 
 def fused_layers(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if type(module) is FusedAdamssLinear]
+    return [name for name, module in model.named_modules() if type(module) is FusedPeftLinear]
 
 
 def assert_same_function(model: nn.Module, other: nn.Module, tolerance: float = 1e-5) -> None:
@@ -217,7 +217,7 @@ def test_revert_gives_the_same_types_back_and_leaves_nothing():
     plain, fused = pair(**ASA)
     for model in (plain, fused):
         train(model, range(1, 19))
-    assert type(fused.base_model) is FusedAdamssModel
+    assert type(fused.base_model) is FusedPeftModel
     assert revert_adamss_kernels(fused) is fused
     for (name, a), (other, b) in zip(plain.named_modules(), fused.named_modules(), strict=True):
         assert (name, type(a), list(a.__dict__)) == (other, type(b), list(b.__dict__))

@@ -60,7 +60,7 @@ def test_a_command_is_understood(command):
 
 
 def test_the_tables_are_those_of_the_committed_results():
-    script = [sys.executable, "bench/readme.py", "--check"]
+    script = [sys.executable, "tools/readme.py", "--check"]
     result = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
 

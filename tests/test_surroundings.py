@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize, prune
 
 from adamss_kernels import AdaMSSConfig, SubspaceAllocator, inject_adamss, load_adapter, save_adapter
 from adamss_kernels.adapters import METHODS, inject_adapter
-from adamss_kernels.model import adapted_layers, merge_adapter
+from adamss_kernels.model import adapted_layers, merge_and_unload
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -136,6 +136,6 @@ def test_merged_models_script_and_trace_and_adapted_ones_trace_without_gradients
     exported = torch.export.export(model, (x,)).module()
     assert torch.equal(exported(x), model(x))
     y = model(other)
-    merge_adapter(model)
+    merge_and_unload(model)
     # One rounding of W' instead of two sums.
     torch.testing.assert_close(torch.jit.script(model)(other), y, atol=1e-5, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""What the native library declares of torch by hand is what the installed torch's headers declare."""
+"""What the CPU library declares of torch by hand is what the installed torch's headers declare."""
 
 from __future__ import annotations
 

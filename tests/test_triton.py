@@ -17,9 +17,8 @@ import pytest
 import torch
 
 import adamss_kernels.triton as backend
-from adamss_kernels import available_backends, ops
+from adamss_kernels import available_backends, cuda, ops
 from adamss_kernels.cli import tune
-from adamss_kernels.native import cuda
 from adamss_kernels.triton import tuning
 
 ARCHS = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942", "gfx90a", "interpreter", "unheard-of")
@@ -46,9 +45,9 @@ def test_nothing_imports_triton_before_a_kernel_runs():
 
 
 def test_says_why_it_cannot_run():
-    assert "TRITON_INTERPRET=1" in backend.unavailable("cpu")
-    assert "float16, bfloat16, float32" in backend.unavailable("cuda", torch.float64)
-    assert "mps" in backend.unavailable("mps")
+    assert "TRITON_INTERPRET=1" in backend.why_unavailable("cpu")
+    assert "float16, bfloat16, float32" in backend.why_unavailable("cuda", torch.float64)
+    assert "mps" in backend.why_unavailable("mps")
     if not torch.cuda.is_available():
         assert available_backends()["triton"] == "no CUDA device"
     with pytest.raises(RuntimeError, match=r"'triton' cannot run torch\.float32 on cpu"):
@@ -77,7 +76,7 @@ def test_auto_prefers_triton_on_a_gpu(pretended_gpu):
 @pytest.mark.parametrize("cuda_state", [None, "not built: no nvcc was found"])
 def test_auto_falls_back_with_one_warning(fault, cuda_state, pretended_gpu, monkeypatch):
     monkeypatch.setattr(backend, fault, lambda: "it is broken")
-    monkeypatch.setattr(cuda, "unavailable", lambda device_type=None, dtype=None: cuda_state)
+    monkeypatch.setattr(cuda, "why_unavailable", lambda device_type=None, dtype=None: cuda_state)
     chosen = "reference" if cuda_state else "cuda"
     with pytest.warns(UserWarning) as caught:
         for dtype in (torch.bfloat16, torch.float32):
@@ -91,7 +90,7 @@ def test_auto_falls_back_with_one_warning(fault, cuda_state, pretended_gpu, monk
 
 @pytest.mark.parametrize("cuda_state", [None, "not built: no nvcc was found"])
 def test_float64_on_a_gpu_runs_without_triton_and_without_a_warning(cuda_state, pretended_gpu, monkeypatch):
-    monkeypatch.setattr(cuda, "unavailable", lambda device_type=None, dtype=None: cuda_state)
+    monkeypatch.setattr(cuda, "why_unavailable", lambda device_type=None, dtype=None: cuda_state)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         chosen = ops.choose_backend("auto", torch.device("cuda"), torch.float64)
@@ -107,7 +106,7 @@ BROKEN = "libtriton.so: cannot open shared object file"
     [("sys.modules['triton'] = None", "No module named"), ("sys.path.insert(0, sys.argv[1])", BROKEN)],
     ids=["not installed", "broken"],
 )
-def test_without_triton_the_cpu_stays_native_and_a_gpu_takes_cuda_with_one_warning(setup, cause, tmp_path):
+def test_without_triton_the_cpu_keeps_its_library_and_a_gpu_takes_cuda_with_one_warning(setup, cause, tmp_path):
     """In a fresh process where `import triton` really fails; the GPU is pretended, and the CUDA library with it."""
     (tmp_path / "triton.py").write_text(f"raise ImportError({BROKEN!r})\n")
     code = f"""
@@ -115,13 +114,13 @@ import sys, warnings
 {setup}
 import torch
 from adamss_kernels import ops
-from adamss_kernels.native import cuda
+from adamss_kernels import cuda
 choose = lambda device: ops.choose_backend("auto", torch.device(device), torch.bfloat16)
 with warnings.catch_warnings():
     warnings.simplefilter("error")
-    assert choose("cpu") == "native"
+    assert choose("cpu") == "cpu"
 torch.cuda.is_available = lambda: True
-cuda.unavailable = lambda device_type=None, dtype=None: None
+cuda.why_unavailable = lambda device_type=None, dtype=None: None
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     assert [choose("cuda") for _ in range(3)] == ["cuda"] * 3

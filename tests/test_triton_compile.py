@@ -20,7 +20,7 @@ from adamss_kernels.subspaces import Subspaces
 pytestmark = pytest.mark.slow
 
 pytest.importorskip("triton")
-_path = Path(__file__).parents[1] / "bench" / "triton_compile.py"
+_path = Path(__file__).parents[1] / "tools" / "triton_compile.py"
 _spec = importlib.util.spec_from_file_location("triton_compile", _path)
 triton_compile = importlib.util.module_from_spec(_spec)
 sys.modules["triton_compile"] = triton_compile

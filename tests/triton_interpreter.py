@@ -127,7 +127,7 @@ def assert_close(problem, dtype, param_dtype=None, **options):
 
 def test_every_cpu_dtype_says_whether_it_can():
     assert available_backends()["triton"] == "available"
-    assert backend.unavailable("cpu", torch.float16) is None
+    assert backend.why_unavailable("cpu", torch.float16) is None
     for dtype in (torch.bfloat16, torch.float64):
         with pytest.raises(RuntimeError, match="triton"):
             ops.choose_backend("triton", torch.device("cpu"), dtype)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..config import AdaMSSConfig
+from ..frozen_linear import LAYERS_BY_METHOD
 from ..model import replace_targets
 from .kradapter import KRAdapterLinear
 from .kronecker import KroneckerLinear
@@ -30,6 +31,7 @@ METHODS: dict[str, type[AdapterLinear]] = {
     )
 }
 """Name of each method and the layer that has it; AdaMSS itself is `FusedAdaMSSLinear`."""
+LAYERS_BY_METHOD.update(METHODS)
 
 
 def inject_adapter(

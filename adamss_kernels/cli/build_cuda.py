@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..native import cuda_compile, cuda_library
+from ..compiled import cuda_compile, cuda_library
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,17 +47,11 @@ def build(nvcc: str, architectures: tuple[str, ...], target: Path, force: bool =
     """Compile into `target` unless it is there: one process at a time, and never half a file.
 
     Raises:
-        PermissionError: Somebody else could write where the library would lie.
         RuntimeError: nvcc failed.
     """
     import fcntl
 
-    _require_private(target)
-    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # As made: parents were given the umask's mode.
-    for folder in (target.parent, *target.parent.parents[:3]):
-        folder.chmod(0o700)
-    _require_private(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
     with open(target.parent / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if target.exists() and not force:
@@ -66,14 +60,7 @@ def build(nvcc: str, architectures: tuple[str, ...], target: Path, force: bool =
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             built = Path(scratch, target.name)
             cuda_compile.compile_library(nvcc, architectures, built)
-            built.chmod(0o700)
             os.replace(built, target)
-
-
-def _require_private(target: Path) -> None:
-    reason = cuda_library.why_not_private(target)
-    if reason is not None:
-        raise PermissionError(f"refusing to build into {target.parent}: {reason}")
 
 
 def _present() -> list[str]:

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from ..atomic import replace_folder
 from ..checkpoint import HEADER_FILE, TENSORS_FILE, load_adapter, save_adapter
 from ..formats import PEFT_CONFIG_FILE, PEFT_TENSORS_FILE, export_lora, export_peft, import_peft, read_peft_config
-from ..model import adapted_layers, merge_adapter
+from ..model import adapted_layers, merge_and_unload
 
 FORMATS = ("adamss", "peft", "lora", "merged")
 _POSSIBLE = {"adamss": FORMATS, "peft": FORMATS, "lora": ("merged",)}
@@ -170,7 +170,7 @@ def _write(model: nn.Module, folder: Path, args: argparse.Namespace) -> None:
 
 def _write_merged(model: Any, folder: Path, base: Path) -> None:
     if adapted_layers(model):
-        merge_adapter(model)
+        merge_and_unload(model)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is not None and embedding is not None and head.weight is not embedding.weight:
         # An adapted head is no longer the embedding that it was tied to; loading must not tie them again.

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from .. import __version__, available_backends, native
+from .. import __version__, available_backends
+from ..compiled import cpu_library, cuda_library
 from ..functional import adamss_linear
 from ..layout import SubspaceLayout
-from ..native import cuda_library
 
 _LIBRARIES = ("torch", "triton", "numpy", "scikit-learn", "safetensors", "peft", "transformers")
 
@@ -45,7 +45,7 @@ def collect() -> dict[str, Any]:
         "libraries": {name: installed_version(name) for name in _LIBRARIES},
         "cpu": {"threads": torch.get_num_threads(), "torch_isa": torch.backends.cpu.get_cpu_capability()},
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "native": native.describe(),
+        "cpu_library": cpu_library.describe(),
         "cuda": cuda_library.describe(),
         "backends": backends,
     }
@@ -95,8 +95,8 @@ def _as_text(report: dict[str, Any]) -> str:
     lines += ["", "devices"]
     lines += [f"  {'cpu':<14}{report['cpu']['threads']} threads, torch uses {report['cpu']['torch_isa']}"]
     lines += [f"  {f'cuda:{i}':<14}{name}" for i, name in enumerate(report["gpus"])]
-    lines += ["", "native library"]
-    lines += [f"  {key:<14}{value}" for key, value in report["native"].items()]
+    lines += ["", "CPU library"]
+    lines += [f"  {key:<14}{value}" for key, value in report["cpu_library"].items()]
     lines += ["", "CUDA library"]
     lines += [f"  {key:<14}{value}" for key, value in report["cuda"].items()]
     lines += ["", "backends"]

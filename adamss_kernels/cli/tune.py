@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     jobs = args.jobs if args.jobs is not None else (os.cpu_count() or 1) if args.device == "cuda" else 0
     cases = []
     for dtype in (getattr(torch, name) for name in args.dtype):
-        reason = backend.unavailable(args.device, dtype)
+        reason = backend.why_unavailable(args.device, dtype)
         if reason is not None:
             print(f"triton cannot run {dtype} on {args.device}: {reason}")
             return 1

@@ -14,7 +14,7 @@ from peft.tuners.adamss.model import AdamssModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import BACKENDS
+from ..config import known_backend
 from ..functional import fused_linear
 from ..layout import SubspaceLayout, block_diagonal, pack_columns
 from ..subspaces import Subspaces
@@ -100,7 +100,7 @@ class PackedIndex(nn.Module):
         return self._buffers["trainable"]
 
 
-class FusedAdamssLinear(PeftLinear):
+class FusedPeftLinear(PeftLinear):
     """PEFT's AdaMSS layer with another forward; parameters, names and every other method are PEFT's.
 
     Attributes:
@@ -181,13 +181,13 @@ class FusedAdamssLinear(PeftLinear):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _index_again(layer: FusedAdamssLinear, _: object) -> None:
+def _index_again(layer: FusedPeftLinear, _: object) -> None:
     """After a state dict has been loaded, children included: take over the new ranks and basis."""
     for adapter in layer.adamss_index:
         layer.index_adapter(adapter)
 
 
-class FusedAdamssModel(AdamssModel):
+class FusedPeftModel(AdamssModel):
     """PEFT's AdaMSS tuner, whose new layers are fused ones and whose ASA step covers all subspaces at once.
 
     Attributes:
@@ -271,21 +271,20 @@ def apply_adamss_kernels(model: nn.Module, *, asa_compat: str | None = "peft", b
     """
     if asa_compat not in ("peft", None):
         raise ValueError(f"asa_compat: expected 'peft' or None, got {asa_compat!r}")
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend: expected 'auto' or one of {BACKENDS}, got {backend!r}")
+    backend = known_backend(backend)
     _require_known_peft()
     layers = {name: module for name, module in model.named_modules() if isinstance(module, AdamssLayer)}
     if not layers:
         raise ValueError("model: has no AdaMSS layer of PEFT; adapt it with peft.get_peft_model and AdamssConfig first")
     for name, layer in layers.items():
-        if type(layer) not in (PeftLinear, FusedAdamssLinear):
+        if type(layer) not in (PeftLinear, FusedPeftLinear):
             raise TypeError(f"{name}: expected an AdaMSS layer of PEFT itself, got its subclass {type(layer).__name__}")
         _check_rows(name, layer)
     for name, layer in layers.items():
         _fuse_layer(name, layer, backend)
-    tuners: list[Any] = [m for m in model.modules() if type(m) in (AdamssModel, FusedAdamssModel)]
+    tuners: list[Any] = [m for m in model.modules() if type(m) in (AdamssModel, FusedPeftModel)]
     for tuner in tuners:
-        tuner.__class__ = FusedAdamssModel
+        tuner.__class__ = FusedPeftModel
         tuner.asa_compat, tuner.backend, tuner.allocations = asa_compat, backend, {}
     return model
 
@@ -297,12 +296,12 @@ def revert_adamss_kernels(model: nn.Module) -> nn.Module:
         `model` itself.
     """
     for module in model.modules():
-        if type(module) is FusedAdamssModel:
+        if type(module) is FusedPeftModel:
             for allocation in module.allocations.values():
                 allocation.release()
             del module.asa_compat, module.backend, module.allocations
             module.__class__ = AdamssModel
-        elif type(module) is FusedAdamssLinear:
+        elif type(module) is FusedPeftLinear:
             hooks = module._load_state_dict_post_hooks
             for key in [key for key, hook in hooks.items() if hook is _index_again]:
                 del hooks[key]
@@ -315,7 +314,7 @@ def _fuse_layer(name: str, layer: Any, backend: str) -> None:
     """Make PEFT's `layer` a fused one; of a layer that is one already, only the backend changes."""
     if type(layer) is PeftLinear:
         layer.adamss_index = nn.ModuleDict()
-        layer.__class__ = FusedAdamssLinear
+        layer.__class__ = FusedPeftLinear
         layer.register_load_state_dict_post_hook(_index_again)
         for adapter in layer.adamss_A:
             layer.index_adapter(adapter)

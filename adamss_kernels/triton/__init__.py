@@ -19,7 +19,7 @@ from . import tuning
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def unavailable(device_type: str | None = None, dtype: torch.dtype | None = None) -> str | None:
+def why_unavailable(device_type: str | None = None, dtype: torch.dtype | None = None) -> str | None:
     """Return why this backend cannot run `dtype` on `device_type`, or on this machine at all, or None if it can.
 
     The first answer for a GPU compiles and runs a small kernel, so that a Triton that is installed but does not work

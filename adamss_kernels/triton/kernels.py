@@ -122,18 +122,18 @@ def _input_projection_kernel(
 @triton.jit(do_not_specialize=["M"])
 def _project_kernel(
     x_ptr, Q_ptr, q_ptr, A_ptr, a_ptr, S_ptr, P_ptr,
-    M, D, R, RHO, depth, stride_xm, stride_xd, stride_ar, stride_ad, stride_a,
+    M, D, R, RHO, split_size, stride_xm, stride_xd, stride_ar, stride_ad, stride_a,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_RHO: tl.constexpr,
     EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """S = x Q^T + q and P = x A^T + a; x (M, D), Q (RHO, D), A (R, D), S (M, RHO), P (M, R).
 
-    Program axis 1 walks over column blocks of S and P side by side, axis 2 over splits of D: split t covers `depth`
-    columns and writes its own partial S[t], P[t].
+    Program axis 1 walks over column blocks of S and P side by side, axis 2 over splits of D: split t covers
+    `split_size` columns and writes its own partial S[t], P[t].
     """
     split = tl.program_id(2)
-    start = split * depth
-    end = tl.minimum(start + depth, D)
+    start = split * split_size
+    end = tl.minimum(start + split_size, D)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     offs_rho = tl.program_id(1) * BLOCK_RHO + tl.arange(0, BLOCK_RHO)
@@ -205,19 +205,19 @@ def _fused_products(
 def _linear_fwd_kernel(
     x_ptr, W_ptr, bias_ptr, Q_ptr, q_ptr, A_ptr, a_ptr, C_ptr, row_subspace_ptr, offsets_ptr, active_ptr,
     y_ptr, S_ptr, P_ptr,
-    M, N, D, R, RHO, r_max, depth, stride_xm, stride_xd, stride_wn, stride_wd, stride_ar, stride_ad, stride_a,
+    M, N, D, R, RHO, r_max, split_size, stride_xm, stride_xd, stride_wn, stride_wd, stride_ar, stride_ad, stride_a,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_RHO: tl.constexpr, GROUP_M: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y = x W^T + bias + S Ct with S = x Q^T + q, in one pass over x; y (M, N), S (M, RHO), P = x A^T + a (M, R).
 
     BLOCK_RHO covers RHO. The tile in column n writes slice n of P, BLOCK_R wide, since it has x in hand anyway; the
-    one in column 0 writes S. Program axis 1 splits D: split t adds `depth` columns and writes its own partial y[t].
+    one in column 0 writes S. Program axis 1 splits D: split t adds `split_size` columns and writes its own y[t].
     """
     pid_m, pid_n = _tile_id(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     split = tl.program_id(1)
-    start = split * depth
-    end = tl.minimum(start + depth, D)
+    start = split * split_size
+    end = tl.minimum(start + split_size, D)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)

@@ -82,7 +82,7 @@ def project(
     config = tuning.config("project", x.dtype, arch, tuning.shape_class(M, D, D))
     BLOCK_RHO, BLOCK_R = block(rho, 128), block(R, 128)
     tiles, blocks = cdiv(M, config.rows), max(cdiv(rho, BLOCK_RHO), cdiv(R, BLOCK_R))
-    splits, depth = _split(arch, config.split, tiles * blocks, D, config.depth)
+    splits, split_size = _split(arch, config.split, tiles * blocks, D, config.depth)
     S = x.new_empty((M, rho) if splits == 1 else (splits, M, rho), dtype=torch.float32)
     P = None
     if keep_P:
@@ -90,7 +90,7 @@ def project(
     launch(
         kernels._project_kernel, (tiles, blocks, splits), config,
         x, Q, q, basis, basis_bias, S, P,
-        M, D, R, rho, depth, *x.stride(), *basis.stride(), 0 if basis_bias is None else basis_bias.stride(0),
+        M, D, R, rho, split_size, *x.stride(), *basis.stride(), 0 if basis_bias is None else basis_bias.stride(0),
         BLOCK_M=config.rows, BLOCK_D=config.depth, BLOCK_R=BLOCK_R, BLOCK_RHO=BLOCK_RHO,
         EVEN_D=D % config.depth == 0, PRECISION=precision(x.dtype),
     )  # fmt: skip
@@ -109,14 +109,14 @@ def linear_fwd(
     (M, D), N, rho, R = x.shape, weight.shape[0], Q.shape[0], basis.shape[0]
     tiles = cdiv(M, config.rows) * cdiv(N, config.cols)
     # Only y is summed over splits: what is kept for backward comes from one program.
-    splits, depth = (1, D) if keep_S or keep_P else _split(arch, config.split, tiles, D, config.depth)
+    splits, split_size = (1, D) if keep_S or keep_P else _split(arch, config.split, tiles, D, config.depth)
     y = x.new_empty(M, N) if splits == 1 else x.new_empty((splits, M, N), dtype=torch.float32)
     S = x.new_empty((M, rho), dtype=torch.float32) if keep_S else None
     P = x.new_empty(M, R) if keep_P else None
     launch(
         kernels._linear_fwd_kernel, (tiles, splits), config,
         x, weight, bias, Q, q, basis, basis_bias, C, row_subspace, offsets, active, y, S, P,
-        M, N, D, R, rho, C.shape[1], depth, *x.stride(), *weight.stride(), *basis.stride(),
+        M, N, D, R, rho, C.shape[1], split_size, *x.stride(), *weight.stride(), *basis.stride(),
         0 if basis_bias is None else basis_bias.stride(0),
         BLOCK_M=config.rows, BLOCK_N=config.cols, BLOCK_D=config.depth,
         BLOCK_R=slice_width(R if keep_P else 1, N, config), BLOCK_RHO=block(rho, tuning.MAX_FUSED_RHO),

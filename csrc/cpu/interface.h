@@ -1,4 +1,4 @@
-// The library's C interface. `adamss_kernels/native` calls it through ctypes, but for forward and backward, which
+// The library's C interface. `adamss_kernels/compiled` calls it through ctypes, but for forward and backward, which
 // operators.cpp makes operators of torch.
 //
 // Letters are those of docs/notation.md. Rows are contiguous; a stride, in elements, is given where rows need not
@@ -87,16 +87,7 @@ enum adamss_status : int32_t { ADAMSS_UPDATE = 0, ADAMSS_WHOLE = 1, ADAMSS_NO_ME
 int32_t adamss_cpu_forward(const adamss_forward_args*);
 int32_t adamss_cpu_backward(const adamss_backward_args*);
 
-// Gives torch's operators `native_forward` and `native_backward` of adamss_kernels their CPU kernels. `libtorch` is the
+// Gives torch's operators `cpu_forward` and `cpu_backward` of adamss_kernels their CPU kernels. `libtorch` is the
 // path of the loaded library. Returns null, or the name of what that torch lacks.
 const char* adamss_cpu_register(const char* libtorch);
-
-// ASA, float or double. measured = |w * g| for `count` pairs of matrices of `sizes` elements, one after the other, and
-// its sum; a null g stands for zero.
-void adamss_cpu_measure(int64_t dtype, int64_t count, const void* const* w, const void* const* g, const int64_t* sizes,
-                        void* measured, double* sum);
-// uncertainty = lerp(uncertainty, |measured - importance|, weight2), then importance = lerp(importance, measured,
-// weight1).
-void adamss_cpu_accumulate(int64_t dtype, int64_t size, const void* measured, void* importance, void* uncertainty,
-                           double weight1, double weight2);
 }

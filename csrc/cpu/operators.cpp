@@ -1,4 +1,4 @@
-// The operators `native_forward` and `native_backward` as torch's dispatcher calls them: takes tensors apart for the
+// The operators `cpu_forward` and `cpu_backward` as torch's dispatcher calls them: takes tensors apart for the
 // kernels, and has torch add the base product where they leave it out.
 //
 // In C++ because a Python function around them costs as much as a small layer's whole update.
@@ -265,7 +265,7 @@ extern "C" const char* adamss_cpu_register(const char* libtorch) {
     // Kept for as long as the process lives: deleting it would take the operators away.
     LibraryHandle library;
     const int32_t failed = shim.aoti_torch_library_init_impl("adamss_kernels", "CPU", __FILE__, __LINE__, &library) ||
-                           shim.torch_library_impl(library, "native_forward", forward, ABI_VERSION) ||
-                           shim.torch_library_impl(library, "native_backward", backward, ABI_VERSION);
+                           shim.torch_library_impl(library, "cpu_forward", forward, ABI_VERSION) ||
+                           shim.torch_library_impl(library, "cpu_backward", backward, ABI_VERSION);
     return failed ? "torch_library_impl" : nullptr;
 }

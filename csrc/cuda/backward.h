@@ -12,7 +12,7 @@ constexpr int RANK = 4;             // columns of S that one thread sums for at 
 constexpr int BACKWARD_BLOCKS = 6;  // on a multiprocessor: what shared memory lets in at RHO = 30
 
 template <class X>
-struct Pass {
+struct BackwardOperands {
     int64_t M, RHO, r_max, stride_dym, stride_dyn, tiles_m, blocks_rho, stretches, width;
     bool aligned;  // every row of dy starts at a multiple of 16 bytes and is contiguous
     const X* dy;
@@ -27,13 +27,13 @@ struct Pass {
 // A tile of dy in shared memory. A row is 64 words and one more, so that the lanes of a warp, whether on 32 rows of a
 // column or on 32 columns of a row, fall on different banks.
 template <class X>
-struct Tile {
+struct TileOfDy {
     static constexpr int COLUMNS = int(TILE_BYTES / sizeof(X));
     using Word = std::conditional_t<sizeof(X) == 8, unsigned long long, unsigned>;
     static constexpr int STRIDE = COLUMNS + int(sizeof(Word) / sizeof(X));
 
     // dy[m0 : m0 + rows, n0 : n0 + COLUMNS], zero beyond the last token and the last row of C.
-    __device__ static void stage(const Pass<X>& p, int64_t m0, int64_t n0, int rows, X* tile) {
+    __device__ static void stage(const BackwardOperands<X>& p, int64_t m0, int64_t n0, int rows, X* tile) {
         const X* const dy = p.dy + m0 * p.stride_dym + n0 * p.stride_dyn;
         if (p.aligned && n0 + COLUMNS <= p.layout.N) {
             // A warp takes 4 rows of 8 packs: whole cache lines, and 32 different banks for each word.
@@ -64,8 +64,8 @@ struct Tile {
 
 // dS[m, off_k + j] += sum_{i in k} dy[m, i] C[i, j] over one tile: a warp takes a subspace, a lane two tokens.
 template <class X>
-__device__ void add_dS(const Pass<X>& p, int64_t n0, int c_begin, int c_end, const X* dy, const int* subspace,
-                       Acc<X>* dS) {
+__device__ void add_dS(const BackwardOperands<X>& p, int64_t n0, int c_begin, int c_end, const X* dy,
+                       const int* subspace, Acc<X>* dS) {
     using T = Acc<X>;
     constexpr int STRIDE_DS = int(DS_ROWS);
     const int lane = threadIdx.x % WARP;
@@ -74,12 +74,12 @@ __device__ void add_dS(const Pass<X>& p, int64_t n0, int c_begin, int c_end, con
         const int end = smaller(s.last, c_end);
         for (int c = larger(s.first, c_begin); c < end; c += RANK) {
             T low[RANK] = {}, high[RANK] = {};
-            for (int group = 0; group < Tile<X>::COLUMNS; group += WARP) {
+            for (int group = 0; group < TileOfDy<X>::COLUMNS; group += WARP) {
                 unsigned rows = __ballot_sync(ALL_LANES, subspace[group + lane] == k);
                 for (; rows; rows &= rows - 1) {
                     const int i = group + __ffs(int(rows)) - 1;
-                    const T dy_low = widen(dy[lane * Tile<X>::STRIDE + i]);
-                    const T dy_high = widen(dy[(lane + WARP) * Tile<X>::STRIDE + i]);
+                    const T dy_low = widen(dy[lane * TileOfDy<X>::STRIDE + i]);
+                    const T dy_high = widen(dy[(lane + WARP) * TileOfDy<X>::STRIDE + i]);
                     const T* const C = p.C + (n0 + i) * p.r_max + (c - s.first);
 #pragma unroll
                     for (int j = 0; j < RANK; ++j)
@@ -98,11 +98,11 @@ __device__ void add_dS(const Pass<X>& p, int64_t n0, int c_begin, int c_end, con
 
 // dC[i, j] = sum_m dy[m, i] S[m, off_k(i) + j] over the tile's tokens: a thread takes a row of C and a group of tokens.
 template <class X>
-__device__ void write_dC(const Pass<X>& p, int64_t tile_m, int64_t n0, int c_begin, int c_end, const X* dy,
+__device__ void write_dC(const BackwardOperands<X>& p, int64_t tile_m, int64_t n0, int c_begin, int c_end, const X* dy,
                          const int* subspace, const Acc<X>* S) {
     using T = Acc<X>;
-    constexpr int GROUPS = BACKWARD_THREADS / Tile<X>::COLUMNS, ROWS = BACKWARD_ROWS / GROUPS;
-    const int i = threadIdx.x % Tile<X>::COLUMNS, group = threadIdx.x / Tile<X>::COLUMNS;
+    constexpr int GROUPS = BACKWARD_THREADS / TileOfDy<X>::COLUMNS, ROWS = BACKWARD_ROWS / GROUPS;
+    const int i = threadIdx.x % TileOfDy<X>::COLUMNS, group = threadIdx.x / TileOfDy<X>::COLUMNS;
     if (subspace[i] < 0) return;
     const Span s = span_of(p.layout, subspace[i], p.layout.active, p.layout.trainable);
     T* const dC = p.dC_parts + ((tile_m * GROUPS + group) * p.layout.N + n0 + i) * p.r_max;
@@ -111,7 +111,7 @@ __device__ void write_dC(const Pass<X>& p, int64_t tile_m, int64_t n0, int c_beg
         T total[RANK] = {};
 #pragma unroll 4
         for (int m = group * ROWS; m < group * ROWS + ROWS; ++m) {
-            const T dy_m = widen(dy[m * Tile<X>::STRIDE + i]);
+            const T dy_m = widen(dy[m * TileOfDy<X>::STRIDE + i]);
             const T* const S_m = S + m * columns + (c - c_begin);
 #pragma unroll
             for (int j = 0; j < RANK; ++j)
@@ -128,7 +128,7 @@ __device__ void write_dC(const Pass<X>& p, int64_t tile_m, int64_t n0, int c_beg
 // A block owns BACKWARD_ROWS tokens and a block of columns of S, and walks over a stretch of rows of C: stretch t
 // writes its own dS_parts[t], the tile of tokens its own dC_parts.
 template <class X>
-__global__ void __launch_bounds__(BACKWARD_THREADS, BACKWARD_BLOCKS) delta_bwd_kernel(const Pass<X> p) {
+__global__ void __launch_bounds__(BACKWARD_THREADS, BACKWARD_BLOCKS) delta_bwd_kernel(const BackwardOperands<X> p) {
     using T = Acc<X>;
     constexpr int BLOCK_RHO = int(COLUMN_BYTES / sizeof(T)), STRIDE_DS = int(DS_ROWS);
     const int64_t tile_m = blockIdx.x % p.tiles_m, rest = blockIdx.x / p.tiles_m;
@@ -138,8 +138,8 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, BACKWARD_BLOCKS) delta_bwd_k
 
     T* const dS = reinterpret_cast<T*>(shared_memory);          // [columns, STRIDE_DS]
     T* const S = dS + columns * STRIDE_DS;                      // [BACKWARD_ROWS, columns]
-    alignas(16) __shared__ X dy[BACKWARD_ROWS * Tile<X>::STRIDE];
-    __shared__ int subspace[Tile<X>::COLUMNS];  // -1 beyond N
+    alignas(16) __shared__ X dy[BACKWARD_ROWS * TileOfDy<X>::STRIDE];
+    __shared__ int subspace[TileOfDy<X>::COLUMNS];  // -1 beyond N
 
     for (int e = threadIdx.x; e < columns * STRIDE_DS; e += BACKWARD_THREADS) dS[e] = T(0);
     if (p.dC_parts)
@@ -148,10 +148,10 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, BACKWARD_BLOCKS) delta_bwd_k
             S[e] = m < rows ? p.S[(m0 + m) * p.RHO + c_begin + c] : T(0);
         }
     const int64_t end = smaller(p.layout.N, (stretch + 1) * p.width);
-    for (int64_t n0 = stretch * p.width; n0 < end; n0 += Tile<X>::COLUMNS) {
+    for (int64_t n0 = stretch * p.width; n0 < end; n0 += TileOfDy<X>::COLUMNS) {
         __syncthreads();  // the last tile has been read
-        Tile<X>::stage(p, m0, n0, rows, dy);
-        for (int i = threadIdx.x; i < Tile<X>::COLUMNS; i += BACKWARD_THREADS)
+        TileOfDy<X>::stage(p, m0, n0, rows, dy);
+        for (int i = threadIdx.x; i < TileOfDy<X>::COLUMNS; i += BACKWARD_THREADS)
             subspace[i] = n0 + i < p.layout.N ? p.layout.row_subspace[n0 + i] : -1;
         __syncthreads();
         if (p.dS) add_dS(p, n0, c_begin, c_end, dy, subspace, dS);

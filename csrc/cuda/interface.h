@@ -1,4 +1,4 @@
-// The CUDA library's C interface: what `adamss_kernels/native/cuda_library.py` calls through ctypes.
+// The CUDA library's C interface: what `adamss_kernels/compiled/cuda_library.py` calls through ctypes.
 //
 // Letters are those of docs/notation.md. x, y, dy, P and Q have the dtype that is named; B, C, S and the gradients of
 // parameters have its accumulation dtype, written T: double for double, float otherwise. Pointers are device memory;

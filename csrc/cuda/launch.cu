@@ -116,7 +116,7 @@ int32_t adamss_cuda_delta_bwd(const adamss_cuda_delta_bwd_args* args) {
         using T = Acc<X>;
         const adamss_cuda_layout& layout = args->layout;
         const adamss_cuda_plan& plan = args->plan;
-        Pass<X> p = {};
+        BackwardOperands<X> p = {};
         p.M = args->M, p.RHO = args->RHO, p.r_max = args->r_max;
         p.stride_dym = args->stride_dym, p.stride_dyn = args->stride_dyn;
         p.tiles_m = cdiv(args->M, BACKWARD_ROWS), p.blocks_rho = cdiv(args->RHO, COLUMN_BYTES / sizeof(T));

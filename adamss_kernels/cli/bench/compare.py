@@ -23,7 +23,7 @@ _COUNTED = ("peak_bytes", "saved_bytes", "aten_calls")
 _CONFIDENCE = 0.99
 _RESAMPLES = 1000
 # What numbers depend on besides the code.
-_CONDITIONS = ("cpu", "gpu", "threads", "torch_isa", "native", "versions")
+_CONDITIONS = ("cpu", "gpu", "threads", "torch_isa", "cpu_library", "versions")
 
 
 class Change(NamedTuple):

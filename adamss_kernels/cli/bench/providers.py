@@ -43,7 +43,7 @@ def defaults(device: torch.device, dtype: torch.dtype, graph: bool = False) -> l
 
     With `graph`, those that a CUDA graph can hold: PEFT's AdaMSS copies an index from the host in each forward.
     """
-    backends = [name for name in BACKENDS if implementation(name).unavailable(device.type, dtype) is None]
+    backends = [name for name in BACKENDS if implementation(name).why_unavailable(device.type, dtype) is None]
     ours = choose_backend("auto", device, dtype)
     backends.sort(key=lambda name: name != ours)
     peft = [*_PEFT, f"{_PEFT[0]}{_COMPILED}"] if importlib.util.find_spec("peft") else []

@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 
-from ... import native
 from ...atomic import replace_file
-from ...native import cuda_library
+from ...compiled import cpu_library, cuda_library
 from ..info import installed_version
 
 Row = dict[str, Any]
@@ -46,14 +45,22 @@ def read(path: Path) -> tuple[Row, list[Row]]:
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     if not files or not files[0].exists():
         raise ValueError(f"{path}: expected a result file or a directory with *.jsonl, found none")
-    environments, rows = [], []
+    environments: list[Row] = []
+    rows: list[Row] = []
     for file in files:
         first, *rest = map(json.loads, file.read_text().splitlines())
         if "environment" not in first:
             raise ValueError(f"{file}: expected an environment in the first line, got {sorted(first)}")
-        environments.append(first["environment"])
-        rows += rest
+        environments.append(_present_names(first["environment"]))
+        rows += map(_present_names, rest)
     return environments[0], rows
+
+
+def _present_names(record: Row) -> Row:
+    """Return `record` with what files of 0.1.0 call "native" by its present names."""
+    names = {"native": "cpu", "native-compiled": "cpu-compiled"}
+    renamed = {"cpu_library" if key == "native" else key: value for key, value in record.items()}
+    return renamed | ({"provider": names.get(record["provider"], record["provider"])} if "provider" in record else {})
 
 
 def environment(device: torch.device | None = None) -> Row:
@@ -64,7 +71,7 @@ def environment(device: torch.device | None = None) -> Row:
         "cpus": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [],
         "load_average": os.getloadavg(),
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
-        "native": native.describe(),
+        "cpu_library": cpu_library.describe(),
         "versions": {name: installed_version(name) for name in ("torch", "triton", "peft", "transformers", "numpy")}
         | {"python": platform.python_version()},
         # A copy of the sources without their history is told.

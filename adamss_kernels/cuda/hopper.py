@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..compiled.cuda_library import FusedArgs, load
 from ..subspaces import Subspaces
-from .cuda_library import FusedArgs, load
-from .cuda_operands import DTYPES as NUMBERS
-from .cuda_operands import dense, layout_of, place, pointer
+from .operands import DTYPES as NUMBERS
+from .operands import dense, layout_of, place, pointer
 
 DTYPES = (torch.bfloat16, torch.float16)
 

@@ -1,6 +1,6 @@
 """Write tables into README.md and docs/benchmarks.md, and pictures into docs/plots, from bench/results.
 
-Usage: python bench/readme.py [--check]
+Usage: python tools/readme.py [--check]
 
 With --check nothing is written: the exit status is 1 where something differs from the committed results.
 """
@@ -19,7 +19,7 @@ from adamss_kernels.cli.bench.layer import FORWARD, FORWARD_BACKWARD
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 PLOTS = ROOT / "docs" / "plots"
-README_PROVIDERS = ("native", "half-pruned", "peft-adamss", "peft-adamss-compiled", "peft-lora")
+README_PROVIDERS = ("cpu", "half-pruned", "peft-adamss", "peft-adamss-compiled", "peft-lora")
 Rows = list[dict[str, Any]]
 
 
@@ -230,7 +230,7 @@ def _source(environment: dict[str, Any], path: Path) -> str:
         versions = ", ".join(f"{name} {e['versions'][name]}" for name in ("torch", "triton", "peft"))
         return f"{e['gpu']}, driver {e['driver']}, {versions}; `{e['command']}`, {e['date']} ([{file}]({{up}}{file}))."
     threads = f"{e['threads']} thread{'s'[: e['threads'] > 1]}"
-    isa = e["native"].get("ISA", "reference").split()[0]
+    isa = e["cpu_library"].get("ISA", "reference").split()[0]
     return (
         f"{e['cpu']}, {threads}, torch {e['versions']['torch']}, peft {e['versions']['peft']}, {isa}; "
         f"`{e['command']}`, {e['date']} ([{file}]({{up}}{file}))."
@@ -271,7 +271,7 @@ def main() -> int:
         environment, rows = results.read(path)
         up = "../" * document.count("/")
         content = "\n".join([*table(rows), "", _source(environment, path).replace("{up}", up)])
-        pattern = rf"(<!-- {name}: written by bench/readme.py -->\n).*?(\n<!-- end -->)"
+        pattern = rf"(<!-- {name}: written by tools/readme.py -->\n).*?(\n<!-- end -->)"
         replace = lambda m, text=content: m[1] + text + m[2]  # noqa: E731
         new, found = re.subn(pattern, replace, texts[document], flags=re.S)
         if found != 1:
@@ -290,7 +290,7 @@ def main() -> int:
             (ROOT / document).write_text(text)
         plots.save(figures, PLOTS, ("svg",))
     elif differing:
-        print(f"differs from bench/results: {', '.join(differing)}; run python bench/readme.py")
+        print(f"differs from bench/results: {', '.join(differing)}; run python tools/readme.py")
         return 1
     return 0
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import stat
 from collections.abc import Callable
 from ctypes import c_char_p, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import NamedTuple
 
-from . import cuda_compile
+from . import build_state, cuda_compile, find
 
 
 class Layout(ctypes.Structure):
@@ -180,9 +179,6 @@ def load() -> Library:
     path = _find()
     if path is None:
         raise OSError(_build_state())
-    reason = why_not_private(path) if _is_cached(path) else None
-    if reason is not None:
-        raise OSError(f"{path}: {reason}")
     return open_library(path)
 
 
@@ -210,46 +206,14 @@ def cache_folder() -> Path:
     return Path(base, "adamss_kernels", "cuda", cuda_compile.source_hash(cuda_compile.sources())).absolute()
 
 
-def why_not_private(path: Path) -> str | None:
-    """Return why someone else could put code into `path`, of which any part may not exist yet, or None.
-
-    The cache folder's base has to be this user's and not writable by everyone, what lies in it by nobody else at all;
-    above it, nobody may be able to replace a folder.
-    """
-    base = cache_folder().parents[2]
-    for part in (path, *path.parents):
-        if not part.exists():
-            continue
-        # A link is followed: what counts is where it leads.
-        status = part.stat()
-        mode = stat.S_IMODE(status.st_mode)
-        if part == base or base in part.parents:
-            if status.st_uid != os.geteuid():
-                return f"{part} belongs to another user ({status.st_uid})"
-            if mode & (stat.S_IWOTH if part == base else stat.S_IWOTH | stat.S_IWGRP):
-                return f"{part} can be written by others (mode {mode:o})"
-        elif mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
-            return f"{part} can be written by anyone (mode {mode:o})"
-    return None
-
-
 def _find() -> Path | None:
     built = sorted(cache_folder().glob(f"*/{cuda_compile.NAME}"), key=lambda path: path.stat().st_mtime)
-    return built[-1] if built else _installed(cuda_compile.NAME)
+    return built[-1] if built else find(cuda_compile.NAME)
 
 
 def _is_cached(path: Path) -> bool:
     return cache_folder() in path.parents
 
 
-def _installed(name: str) -> Path | None:
-    # An editable install keeps the library apart from the sources; the package's path names both places.
-    from adamss_kernels import native
-
-    return next((path for folder in native.__path__ if (path := Path(folder) / name).is_file()), None)
-
-
 def _build_state() -> str:
-    """Return what was recorded about the library when the package was installed."""
-    path = _installed("cuda_build_state.txt")
-    return path.read_text().strip() if path else f"not built; {cuda_compile.HOW_TO_BUILD}"
+    return build_state("cuda_build_state.txt", f"not built; {cuda_compile.HOW_TO_BUILD}")

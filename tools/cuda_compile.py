@@ -1,6 +1,6 @@
 """Compile every CUDA kernel for GPUs that are not here, and tabulate registers, spills and shared memory.
 
-Usage: python bench/cuda_compile.py [--arch 80 ...] [--out docs/cuda-registers.md]
+Usage: python tools/cuda_compile.py [--arch 80 ...] [--out docs/cuda-registers.md]
 
 Exit status 1 if a kernel spills, or keeps anything in local memory.
 """
@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from adamss_kernels.native import cuda_compile
+from adamss_kernels.compiled import cuda_compile
 
 # Kernels of csrc/cuda/hopper.cu: empty but on sm_90, where they are compiled for sm_90a.
 HOPPER = ("dB_kernel", "finish_kernel", "low_rank_gemm_kernel", "prepare_kernel", "token_products_kernel")
@@ -75,7 +75,7 @@ def table(rows: list[Compiled], version: str) -> str:
     lines = [
         "# Registers and shared memory of the CUDA kernels",
         "",
-        f"Written by `python bench/cuda_compile.py` with nvcc {version}, without a GPU: what ptxas says. A stack frame",
+        f"Written by `python tools/cuda_compile.py` with nvcc {version}, without a GPU: what ptxas says. A stack frame",
         "or a spill is an error. Shared memory is what a kernel declares; `delta_fwd_kernel<_, true>` and",
         "`delta_bwd_kernel` take more at launch, as `csrc/cuda/geometry.h` computes. None of this measures speed.",
     ]

@@ -1,4 +1,4 @@
-"""Finds and loads the C++ library, and declares its interface (csrc/cpu/interface.h) to ctypes."""
+"""Loads the C++ library of csrc/cpu, which from then on gives the operators of backend `cpu` their kernels."""
 
 from __future__ import annotations
 
@@ -7,24 +7,21 @@ import functools
 import os
 import sys
 from collections.abc import Callable
-from ctypes import c_char_p, c_double, c_int32, c_int64, c_void_p
+from ctypes import c_char_p, c_int32, c_void_p
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from . import build_state, find
 
 _SUFFIX = "dylib" if sys.platform == "darwin" else "so"
 _NAME = f"libadamss_cpu.{_SUFFIX}"
 
 
 class Library(NamedTuple):
-    """The loaded library: ASA's kernels, the instruction sets it can use here, and how to choose one by name.
+    """The loaded library: the instruction sets it can use here, and how to choose one by name."""
 
-    The layer's kernels are torch operators from then on; see `native`.
-    """
-
-    measure: Callable[..., None]
-    accumulate: Callable[..., None]
     isas: tuple[str, ...]
     use_isa: Callable[[str], None]
     isa: Callable[[], str]
@@ -37,7 +34,7 @@ def load() -> Library:
     Raises:
         OSError: It is not there or cannot be loaded; the message says why.
     """
-    path = _find(_NAME)
+    path = find(_NAME)
     if path is None:
         raise OSError(_build_state())
     library = ctypes.CDLL(str(path))
@@ -51,9 +48,6 @@ def load() -> Library:
     library.adamss_cpu_init.argtypes = (c_void_p, c_char_p)
     library.adamss_cpu_init.restype = c_int32
     library.adamss_cpu_register.argtypes = (c_char_p,)
-    library.adamss_cpu_measure.argtypes = (c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p)
-    library.adamss_cpu_accumulate.argtypes = (c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_double, c_double)
-    library.adamss_cpu_measure.restype = library.adamss_cpu_accumulate.restype = None
 
     isas = tuple(library.adamss_cpu_isas().decode().split())
 
@@ -65,13 +59,7 @@ def load() -> Library:
     missing = library.adamss_cpu_register(os.fsencode(libtorch))
     if missing is not None:
         raise OSError(f"torch {torch.__version__} does not export {missing.decode()}")
-    return Library(
-        library.adamss_cpu_measure,
-        library.adamss_cpu_accumulate,
-        isas,
-        use_isa,
-        lambda: library.adamss_cpu_isa().decode(),
-    )
+    return Library(isas, use_isa, lambda: library.adamss_cpu_isa().decode())
 
 
 @functools.cache
@@ -98,14 +86,5 @@ def describe() -> dict[str, str]:
     }
 
 
-def _find(name: str) -> Path | None:
-    # An editable install keeps the library apart from the sources; the package's path names both places.
-    from adamss_kernels import native
-
-    return next((path for folder in native.__path__ if (path := Path(folder) / name).is_file()), None)
-
-
 def _build_state() -> str:
-    """Return what CMake recorded about the build when the package was installed."""
-    path = _find("build_state.txt")
-    return path.read_text().strip() if path else "not built: this is a source tree that was not installed"
+    return build_state("build_state.txt", "not built: this is a source tree that was not installed")

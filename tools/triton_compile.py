@@ -1,6 +1,6 @@
 """Compile every Triton kernel for GPUs that are not here, and tabulate registers, spills and shared memory.
 
-Usage: python bench/triton_compile.py [--arch sm_90 ...] [--dtype bfloat16 ...] [--out docs/triton-registers.md]
+Usage: python tools/triton_compile.py [--arch sm_90 ...] [--dtype bfloat16 ...] [--out docs/triton-registers.md]
 
 The operators run on fake CUDA tensors with the launches recorded instead of made, so what is compiled is what would be
 launched: the same kernels, argument types, divisibility and configurations. Exit status 1 if a kernel spills, needs
@@ -233,7 +233,7 @@ def table(results: dict[str, list[tuple[str, Compiled]]]) -> str:
     lines = [
         "# Registers and shared memory of the Triton kernels",
         "",
-        f"Written by `python bench/triton_compile.py` with Triton {triton.__version__}, without a GPU: what the",
+        f"Written by `python tools/triton_compile.py` with Triton {triton.__version__}, without a GPU: what the",
         "compiler says, for K = 10 and R = 100. A spill count other than 0 is an error. None of this measures speed.",
         "",
     ]

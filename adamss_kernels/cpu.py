@@ -1,4 +1,4 @@
-"""Backend `native`: the C++ library of csrc/cpu around PyTorch's own GEMMs.
+"""Backend `cpu`: the C++ library of csrc/cpu around PyTorch's own GEMMs.
 
 The library computes what is skinny or indexed, in one pass over each large operand; the base GEMM then accumulates
 onto its result, so that the update costs no pass over y or dx of its own.
@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import torch
 
-from .importance import accumulate_importance, measure_importance
-from .library import describe, why_not_loaded
+from .compiled.cpu_library import describe, why_not_loaded
 
-__all__ = ["accumulate_importance", "describe", "measure_importance", "unavailable"]
+__all__ = ["describe", "why_unavailable"]
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
-def unavailable(device_type: str | None = None, dtype: torch.dtype | None = None) -> str | None:
+def why_unavailable(device_type: str | None = None, dtype: torch.dtype | None = None) -> str | None:
     """Return why this backend cannot run `dtype` on `device_type`, or None; None leaves an argument open."""
     if device_type not in (None, "cpu"):
         return "it runs on the CPU only"

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..subspaces import Subspaces, accumulation_dtype
-from . import cuda_hopper
-from .cuda_library import (
+from ..compiled.cuda_library import (
     DeltaBwdArgs,
     DeltaFwdArgs,
     InputProjectionArgs,
@@ -25,12 +23,14 @@ from .cuda_library import (
     load,
     why_not_loaded,
 )
-from .cuda_operands import DTYPES, dense, layout_of, place, pointer
+from ..subspaces import Subspaces, accumulation_dtype
+from . import hopper
+from .operands import DTYPES, dense, layout_of, place, pointer
 
-__all__ = ["backward", "describe", "forward", "input_projection", "is_fused", "unavailable"]
+__all__ = ["backward", "describe", "forward", "input_projection", "is_fused", "why_unavailable"]
 
 
-def unavailable(device_type: str | None = None, dtype: torch.dtype | None = None) -> str | None:
+def why_unavailable(device_type: str | None = None, dtype: torch.dtype | None = None) -> str | None:
     """Return why this backend cannot run `dtype` on `device_type`, or None; None leaves an argument open.
 
     The library is loaded only where there is a CUDA device; the first answer there runs a small kernel.
@@ -45,8 +45,8 @@ def unavailable(device_type: str | None = None, dtype: torch.dtype | None = None
 
 
 def is_fused(dtype: torch.dtype) -> bool:
-    """Return whether base and update of `dtype` are one kernel on the current GPU; see `cuda_hopper`."""
-    return dtype in cuda_hopper.DTYPES and unavailable("cuda", dtype) is None and cuda_hopper.is_here()
+    """Return whether base and update of `dtype` are one kernel on the current GPU; see `hopper`."""
+    return dtype in hopper.DTYPES and why_unavailable("cuda", dtype) is None and hopper.is_here()
 
 
 @functools.cache
@@ -79,9 +79,9 @@ def forward(
         return x.new_empty(0, N), x.new_empty((0, B.shape[0]) if keep_S else 0, dtype=acc), P
     with _current(x.device):
         if basis is not None and keep_P:
-            P = cuda_hopper.input_product(x, basis, basis_bias)
-        if cuda_hopper.takes(x, weight, B.shape[0], bias):
-            y, S = cuda_hopper.forward(x, weight, bias, B, C, subspaces, keep_S)
+            P = hopper.input_product(x, basis, basis_bias)
+        if hopper.takes(x, weight, B.shape[0], bias):
+            y, S = hopper.forward(x, weight, bias, B, C, subspaces, keep_S)
             return y, x.new_empty(0, dtype=acc) if S is None else S, P
         if keep_P:
             Q, q = input_projection(None, None, B, offsets, active, x.dtype)
@@ -130,8 +130,8 @@ def backward(
         if M == 0:
             dx = dy.new_empty(0, weight.shape[1]) if need_dx else dx
             dB, dC = torch.zeros_like(B) if need_dB else dB, torch.zeros_like(C) if need_dC else dC
-        elif need_dx and cuda_hopper.takes(dy, weight, B.shape[0]) and (x is None or cuda_hopper.is_aligned(x)):
-            dx, dB_, dC_ = cuda_hopper.backward(dy, x, S, P, weight, B, C, subspaces, need_dB, need_dC)
+        elif need_dx and hopper.takes(dy, weight, B.shape[0]) and (x is None or hopper.is_aligned(x)):
+            dx, dB_, dC_ = hopper.backward(dy, x, S, P, weight, B, C, subspaces, need_dB, need_dC)
             dB, dC = dB if dB_ is None else dB_, dC if dC_ is None else dC_
         elif need_dx or need_dB or need_dC:
             active, trainable = dense(active, torch.bool), dense(trainable, torch.bool)

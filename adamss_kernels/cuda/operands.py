@@ -7,7 +7,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from .cuda_library import Layout
+from ..compiled.cuda_library import Layout
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
