@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
+from . import differentiable
 from .config import SAVE_FOR_BACKWARD
 from .layout import SubspaceLayout
 from .ops import FEW_TOKENS, OPERATORS, choose_backend
@@ -36,7 +37,9 @@ def adamss_linear(
 
     y[m, i] = x[m] . W[i] + bias[i] + sum_{j < r_k(i)} S[m, off_k(i) + j] C[i, j], with S = (x A^T + a) B^T.
 
-    Differentiable once in x, B, C, and in weight and bias where they require grad. basis and basis_bias are frozen.
+    Differentiable in x, B, C, and in weight and bias where they require grad; basis and basis_bias are frozen. Once by
+    kernels. Further derivatives, forward mode and the transforms of `torch.func` go through plain PyTorch, for which
+    `save_for_backward` has to be "input" where a gradient of B or C is differentiated again.
     B and C may have a wider dtype than x (float32 parameters over a bfloat16 layer); their gradients come back in
     their own dtype.
 
@@ -95,6 +98,8 @@ def fused_linear(
         backend: As in `adamss_linear`.
     """
     x, weight, bias = as_linear_takes_them(x, weight, bias)
+    if _is_transformed():
+        return differentiable.forward(x, weight, bias, B, C, subspaces)
     N, D = weight.shape
     shape = x.shape
     if x.dim() != 2:
@@ -111,8 +116,6 @@ def fused_linear(
         else:
             y = _BareLinear.apply(x, weight, bias, B, C)
     elif subspaces.contributes:
-        if forward_ad._current_level >= 0:
-            _refuse_tangents(x, weight, bias, B, C)
         forward, _ = OPERATORS[_choose(backend, x)]
         y, _, _ = forward(x, weight, bias, B, C, *subspaces[:5], False, False)
     else:
@@ -155,39 +158,101 @@ def as_linear_takes_them(x: Tensor, weight: Tensor, bias: Tensor | None) -> tupl
     return x, weight, bias
 
 
-def _refuse_tangents(*operands: Tensor | None) -> None:
-    """Raise where forward-mode differentiation would see zeros: the operators have no node in its graph."""
-    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in operands):
-        raise NotImplementedError("adamss_linear has no forward-mode derivative; merged layers have one")
+def _is_transformed() -> bool:
+    """Whether `torch.func` or forward-mode differentiation looks on, for which the operators have no rules."""
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
-def first_order(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
+Gradients = tuple[Tensor | None, ...]
+Backward = Callable[[Any, Tensor, tuple[Any, ...]], Gradients]
+
+
+def first_order(backward: Backward) -> Callable[..., Gradients]:
     """Make `backward(ctx, dy, saved)` one of an autograd function, whose gradients cannot be differentiated again.
 
     Differentiating them raises, in whatever they depend on. With `torch.autograd.function.once_differentiable` it
     raises only if dy requires grad and the error lies on the way of the derivative, which else is silently zero.
     """
+    return higher_order(_refuse_to_differentiate)(backward)
 
-    @functools.wraps(backward)
-    def wrapper(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        with torch.no_grad():
-            gradients = backward(ctx, dy, saved)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return gradients
-        return _Gradients.apply(len(gradients), *gradients, dy, *saved)
 
-    return wrapper
+def higher_order(formula: Backward) -> Callable[[Backward], Callable[..., Gradients]]:
+    """Make `backward(ctx, dy, saved)` one of an autograd function, whose gradients `formula` differentiates again.
+
+    `formula` takes the same arguments and returns the same values by operations that PyTorch can differentiate. It is
+    called only where somebody differentiates the gradients, which themselves are `backward`'s to the last bit.
+    """
+
+    def decorate(backward: Backward) -> Callable[..., Gradients]:
+        @functools.wraps(backward)
+        def wrapper(ctx: Any, dy: Tensor) -> Gradients:
+            saved = ctx.saved_tensors
+            with torch.no_grad():
+                gradients = backward(ctx, dy, saved)
+            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+                return gradients
+
+            def again(dy: Tensor, *saved: Any) -> Gradients:
+                return formula(ctx, dy, saved)
+
+            return _Gradients.apply(again, len(gradients), *gradients, dy, *saved)
+
+        return wrapper
+
+    return decorate
+
+
+def _refuse_to_differentiate(ctx: Any, dy: Tensor, saved: tuple[Any, ...]) -> Gradients:
+    raise RuntimeError("trying to differentiate twice through an adapted layer, whose gradients are first order")
 
 
 class _Gradients(torch.autograd.Function):
+    """Gradients that are there, with `again(dy, *saved)` as the way in which they depend on what follows them."""
+
     @staticmethod
-    def forward(ctx, count, *tensors):
+    def forward(ctx, again, count, *tensors):
+        ctx.again, ctx.count = again, count
+        ctx.save_for_backward(*tensors[count:])
         return tensors[:count]
 
     @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError("trying to differentiate twice through an adapted layer, whose gradients are first order")
+    def backward(ctx, *directions):
+        inputs = list(ctx.saved_tensors)
+        wanted = [i for i, t in enumerate(inputs) if t is not None and t.requires_grad]
+        is_wanted_again = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # Aliases: dy itself may follow from x, and that way is not ours to go.
+            for i in wanted:
+                inputs[i] = inputs[i].view_as(inputs[i])
+            gradients = ctx.again(*inputs)
+            pairs = [(g, d) for g, d in zip(gradients, directions, strict=True) if g is not None and d is not None]
+            found = torch.autograd.grad(
+                [g for g, _ in pairs],
+                [inputs[i] for i in wanted],
+                [d for _, d in pairs],
+                create_graph=is_wanted_again,
+                allow_unused=True,
+            )
+        results = dict(zip(wanted, found, strict=True))
+        return (None, None, *(None,) * ctx.count, *(results.get(i) for i in range(len(inputs))))
+
+
+def _formula(ctx: Any, dy: Tensor, saved: tuple[Any, ...]) -> Gradients:
+    """Return what `_FusedLinear.backward` returns, differentiably."""
+    x, _, _, weight, B, C, *frozen = saved
+    need_dx, need_dweight, need_dbias, need_dB, need_dC, *_ = ctx.needs_input_grad
+    needs = [need_dx, need_dweight, need_dbias, need_dB and ctx.learns, need_dC and ctx.learns]
+    if x is None and (needs[3] or needs[4]):
+        raise RuntimeError(
+            "trying to differentiate twice through an adapted layer that keeps no input for it; with "
+            "save_for_backward='input' it has derivatives of every order"
+        )
+    gradients = differentiable.backward(dy, x, weight, B, C, Subspaces(*frozen), needs)
+    if not ctx.learns:
+        gradients = (*gradients[:3], *_zero_gradients(ctx, (3, B), (4, C)))
+    return (*gradients, None, None, None)
 
 
 class _FusedLinear(torch.autograd.Function):
@@ -196,7 +261,7 @@ class _FusedLinear(torch.autograd.Function):
         _, need_dweight, _, need_dB, need_dC, *_ = ctx.needs_input_grad
         need_dB, need_dC = need_dB and subspaces.learns, need_dC and subspaces.learns
         keep_P = need_dB and not need_dweight and _keeps_projection(save_for_backward, weight, subspaces.basis)
-        keep_x = need_dweight or (need_dB and not keep_P)
+        keep_x = need_dweight or (not keep_P and (need_dB or (need_dC and save_for_backward == "input")))
         forward, _ = OPERATORS[backend]
         y, S, P = forward(x, weight, bias, B, C, *subspaces[:5], need_dC, keep_P)
         ctx.learns, ctx.backend = subspaces.learns, backend
@@ -205,7 +270,7 @@ class _FusedLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @first_order
+    @higher_order(_formula)
     def backward(ctx, dy, saved):
         x, S, P, _, B, C, basis, *_ = saved
         need_dx, need_dweight, need_dbias, need_dB, need_dC, *_ = ctx.needs_input_grad
@@ -241,9 +306,8 @@ class _BareLinear(torch.autograd.Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
-    @first_order
-    def backward(ctx, dy, saved):
-        x, weight, B, C = saved
+    def backward(ctx, dy):
+        x, weight, B, C = ctx.saved_tensors
         need_dx, need_dweight, need_dbias, *_ = ctx.needs_input_grad
         dx = dy @ weight if need_dx else None
         dweight = dy.T @ x if need_dweight else None

@@ -182,6 +182,27 @@ def merge_adapter(model: nn.Module) -> nn.Module:
     return merge_and_unload(model)
 
 
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print how many parameters of `model` train, of how many, in PEFT's line of text.
+
+    "trainable params: 42,432 || all params: 124,690,176 || trainable%: 0.0340". Shared parameters count once, and those
+    that bitsandbytes packs into 4 bits as many as they were.
+
+    Args:
+        model: Any model; FSDP2's parameters count whole.
+    """
+    trained = everything = 0
+    for parameter in model.parameters():
+        packed = type(parameter).__name__ == "Params4bit"
+        count = parameter.numel() * (2 * parameter.element_size() if packed else 1)
+        everything += count
+        trained += count if parameter.requires_grad else 0
+    share = 100 * trained / everything if everything else 0.0
+    print(  # noqa: T201 (that is what it is for)
+        f"trainable params: {trained:,d} || all params: {everything:,d} || trainable%: {share:.4f}"
+    )
+
+
 def modules_named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
     """Return the modules that a config's `modules_to_save` names.
 

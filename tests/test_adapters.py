@@ -373,8 +373,8 @@ def test_nothing_of_the_weights_size_is_kept_for_backward(method):
         assert not kept, "only x and the layer's own tensors"
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_double_backward_is_refused_rather_than_wrong(method):
+@pytest.mark.parametrize("method", ["sinlora", "randlora", "kronecker", "kradapter"])
+def test_double_backward_through_tiles_is_refused_rather_than_wrong(method):
     layer = trained(method, nn.Linear(13, 7))
     x = torch.randn(5, 13, requires_grad=True)
     (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)

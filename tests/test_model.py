@@ -9,7 +9,7 @@ import torch
 from conftest import make_layer, randomise
 from torch import nn
 
-from adamss_kernels import AdaMSSConfig, FusedAdaMSSLinear, inject_adamss
+from adamss_kernels import AdaMSSConfig, FusedAdaMSSLinear, inject_adamss, print_trainable_parameters
 from adamss_kernels.adapters import LoRALinear
 from adamss_kernels.model import adamss_layers, merge_and_unload
 
@@ -302,3 +302,16 @@ def test_a_single_layer_that_is_no_plain_linear_is_refused(wrap):
     nn.utils.parametrize.register_parametrization(linear, "weight", nn.Identity())
     with pytest.raises(TypeError, match="'linear' is a .*ParametrizedLinear; only torch.nn.Linear"):
         wrap(linear)
+
+
+def test_trainable_parameters_are_printed_as_peft_prints_them(capsys):
+    peft = pytest.importorskip("peft")
+    model = nn.ModuleDict({"a": nn.Linear(30, 20), "b": nn.Linear(20, 30)})
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["a"]))
+    wrapped.print_trainable_parameters()
+    theirs = capsys.readouterr().out
+    print_trainable_parameters(wrapped)
+    assert capsys.readouterr().out == theirs
+    model = inject_adamss(nn.Sequential(nn.Linear(8, 6)), AdaMSSConfig(r=4, num_subspaces=2), progress=False)
+    print_trainable_parameters(model)
+    assert capsys.readouterr().out == "trainable params: 14 || all params: 68 || trainable%: 20.5882\n"
