@@ -11,7 +11,8 @@ from .formats import export_lora, export_peft
 from .functional import adamss_linear
 from .layout import SubspaceLayout
 from .linear import FusedAdaMSSLinear
-from .model import inject_adamss, merge_and_unload, print_trainable_parameters
+from .merge import merge_and_unload
+from .model import inject_adamss, print_trainable_parameters
 from .ops import available_backends
 
 if TYPE_CHECKING:

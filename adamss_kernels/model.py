@@ -1,18 +1,18 @@
-"""`inject_adamss` and `merge_and_unload`: replace linear layers of a model in place by adapted ones, and back."""
+"""`inject_adamss`: replace linear layers of a model in place by adapted ones, and tell which those are."""
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
 from .config import AdaMSSConfig, require_config
 from .decompose import decompose
-from .frozen_linear import FrozenLinear, plain_linear
+from .frozen_linear import FrozenLinear
 from .linear import FusedAdaMSSLinear
+from .targets import modules_named, target_linears
 
 
 def inject_adamss(model: nn.Module, config: AdaMSSConfig, *, progress: bool = True) -> nn.Module:
@@ -75,7 +75,7 @@ def replace_targets(
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError("model: is wrapped in DDP, which would not see new parameters; adapt it before wrapping it")
     modules_named(model, selection.modules_to_save or ())
-    targets = _targets(model, selection)
+    targets = target_linears(model, selection)
 
     layers: dict[nn.Linear, FrozenLinear] = {}
     with tqdm(targets.items(), desc=title, unit="layer", disable=not progress) as bar:
@@ -89,7 +89,7 @@ def replace_targets(
 def replace_modules(model: nn.Module, layers: Mapping[str, FrozenLinear]) -> None:
     """Put `layers` in place under their names, then train all adapted layers' updates and what they save, no more."""
     by_module = {model.get_submodule(name): layer for name, layer in layers.items()}
-    _swap(model, {**by_module, **layers})
+    swap(model, {**by_module, **layers})
     _keep_encoders_calling(model)
     model.requires_grad_(False)
     for layer in adapted_layers(model).values():
@@ -110,7 +110,7 @@ _HOOKS = (
 )
 
 
-def _swap(model: nn.Module, replacements: Mapping[Any, nn.Module]) -> None:
+def swap(model: nn.Module, replacements: Mapping[Any, nn.Module]) -> None:
     """Replace modules, given by name or for all their names by themselves, by ones that take over their hooks."""
     for name, module in list(model.named_modules(remove_duplicate=False)):
         new = replacements.get(name, replacements.get(module))
@@ -131,55 +131,12 @@ def _keep_encoders_calling(model: nn.Module) -> None:
             module.use_nested_tensor = False
         elif isinstance(module, nn.TransformerEncoderLayer):
             for layer in (module.linear1, module.linear2):
-                if isinstance(layer, FrozenLinear) and _do_nothing not in layer._forward_pre_hooks.values():
-                    layer.register_forward_pre_hook(_do_nothing)
+                if isinstance(layer, FrozenLinear) and do_nothing not in layer._forward_pre_hooks.values():
+                    layer.register_forward_pre_hook(do_nothing)
 
 
-def _do_nothing(module: nn.Module, args: object) -> None:
+def do_nothing(module: nn.Module, args: object) -> None:
     """Be a hook: that there is one is all that counts."""
-
-
-def merge_and_unload(model: nn.Module) -> nn.Module:
-    """Replace every adapted layer by a plain `nn.Linear` with the update folded in; there is no way back.
-
-    Parameters that other modules share (tied weights) keep their values there; where that is the head of a
-    transformers model, set `model.config.tie_word_embeddings = False` before saving, or loading ties it again. Either
-    all layers are replaced or, when an error is raised, none.
-
-    Args:
-        model: Changed in place; what `inject_adamss`, `inject_adapter` or `load_adapter` has adapted, merged or not.
-
-    Returns:
-        `model` itself, which needs `adamss_kernels` no longer.
-
-    Raises:
-        ValueError: `model` has no adapted layer or is one, or a merged weight is not finite; the message names it.
-    """
-    if isinstance(model, FrozenLinear):
-        raise ValueError(f"model: is itself a {type(model).__name__}, which cannot be replaced in place; use to_linear")
-    linears: dict[nn.Module, nn.Linear] = {}
-    for name, layer in adapted_layers(model).items():
-        try:
-            linears[layer] = layer.to_linear()
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-    if not linears:
-        raise ValueError("model: has no FusedAdaMSSLinear or adapter; use inject_adamss or inject_adapter first")
-    _swap(model, linears)
-    for linear in linears.values():
-        for key in [key for key, hook in linear._forward_pre_hooks.items() if hook is _do_nothing]:
-            del linear._forward_pre_hooks[key]
-    return model
-
-
-def merge_adapter(model: nn.Module) -> nn.Module:
-    """Call `merge_and_unload` by the name that 0.1.0 had for it.
-
-    Warns:
-        FutureWarning: Always; the name goes with the next release.
-    """
-    warnings.warn("merge_adapter is called merge_and_unload now", FutureWarning, stacklevel=2)
-    return merge_and_unload(model)
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
@@ -203,22 +160,6 @@ def print_trainable_parameters(model: nn.Module) -> None:
     )
 
 
-def modules_named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
-    """Return the modules that a config's `modules_to_save` names.
-
-    Raises:
-        ValueError: A name matches no module.
-    """
-    found: dict[str, nn.Module] = {}
-    for suffix in names:
-        matches = {name: m for name, m in model.named_modules() if name == suffix or name.endswith("." + suffix)}
-        if not matches:
-            top = [name for name, _ in model.named_children()]
-            raise ValueError(f"modules_to_save: {suffix!r} matches no module; top-level modules are {top}")
-        found.update(matches)
-    return found
-
-
 def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules that train and are saved with the adapted layers of `model`, by name."""
     return modules_named(model, saved_names(model))
@@ -239,57 +180,13 @@ def adamss_layers(model: nn.Module) -> dict[str, FusedAdaMSSLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, FusedAdaMSSLinear)}
 
 
-def _targets(model: nn.Module, config: AdaMSSConfig) -> dict[str, nn.Linear]:
-    """Return the linear layers to replace under every name they are registered by."""
-    excluded = [re.compile(rf"(^|.*\.){re.escape(name)}($|\..*)") for name in config.modules_to_save or ()]
-    targets: dict[str, nn.Linear] = {}
-    passed_over: dict[str, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if not name or any(pattern.match(name) for pattern in excluded):
-            continue
-        if config.target_modules is None:
-            if type(module) is not nn.Linear:
-                kind = type(module).__name__
-                is_leaf = next(module.children(), None) is None
-                if is_leaf and ("Linear" in kind or kind == "Conv1D") and not isinstance(module, FrozenLinear):
-                    passed_over[name] = kind
-                continue
-        elif not _matches(name, config):
-            continue
-        if not _in_layers(name, config):
-            continue
-        targets[name] = plain_linear(name, module)
-    if not targets:
-        candidates = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if type(m) is nn.Linear})
-        kind = " as a regular expression for whole names" if isinstance(config.target_modules, str) else ""
-        kind += f" outside modules_to_save={config.modules_to_save}" if config.modules_to_save else ""
-        raise ValueError(
-            f"target_modules={config.target_modules!r} (layers_to_transform={config.layers_to_transform!r}) matches "
-            f"no linear layer{kind}; names of linear layers in this model end in {candidates}"
-        )
-    if passed_over:
-        kinds = ", ".join(sorted(set(passed_over.values())))
-        warnings.warn(
-            f"target_modules=None passes over {len(passed_over)} layers that are no torch.nn.Linear itself ({kinds}), "
-            f"such as {min(passed_over)!r}; {len(targets)} are adapted",
-            stacklevel=4,
-        )
-    return targets
+def merge_adapter(model: nn.Module) -> nn.Module:
+    """Call `merge_and_unload` by the name that 0.1.0 had for it.
 
+    Warns:
+        FutureWarning: Always; the name goes with the next release.
+    """
+    warnings.warn("merge_adapter is called merge_and_unload now", FutureWarning, stacklevel=2)
+    from .merge import merge_and_unload
 
-def _matches(name: str, config: AdaMSSConfig) -> bool:
-    patterns = config.target_modules
-    if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
-    return any(name == suffix or name.endswith("." + suffix) for suffix in patterns or ())
-
-
-def _in_layers(name: str, config: AdaMSSConfig) -> bool:
-    """Whether `name` lies in one of `layers_to_transform`; its layer index is the first number after a list's name."""
-    if config.layers_to_transform is None:
-        return True
-    for pattern in config.layers_pattern or (r"[^.]*",):
-        match = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name)
-        if match:
-            return int(match.group(1)) in config.layers_to_transform  # type: ignore[operator]
-    return False
+    return merge_and_unload(model)

@@ -16,7 +16,8 @@ from torch import nn
 from adamss_kernels import AdaMSSConfig, export_lora, export_peft, inject_adamss, load_adapter, save_adapter
 from adamss_kernels.adapters import inject_adapter
 from adamss_kernels.formats import import_peft
-from adamss_kernels.model import adamss_layers, merge_and_unload
+from adamss_kernels.merge import merge_and_unload
+from adamss_kernels.model import adamss_layers
 
 peft = pytest.importorskip("peft")
 

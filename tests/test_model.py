@@ -11,7 +11,8 @@ from torch import nn
 
 from adamss_kernels import AdaMSSConfig, FusedAdaMSSLinear, inject_adamss, print_trainable_parameters
 from adamss_kernels.adapters import LoRALinear
-from adamss_kernels.model import adamss_layers, merge_and_unload
+from adamss_kernels.merge import merge_and_unload
+from adamss_kernels.model import adamss_layers
 
 
 class Block(nn.Module):

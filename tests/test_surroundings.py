@@ -13,7 +13,8 @@ from torch.nn.utils import parametrize, prune
 
 from adamss_kernels import AdaMSSConfig, SubspaceAllocator, inject_adamss, load_adapter, save_adapter
 from adamss_kernels.adapters import METHODS, inject_adapter
-from adamss_kernels.model import adapted_layers, merge_and_unload
+from adamss_kernels.merge import merge_and_unload
+from adamss_kernels.model import adapted_layers
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

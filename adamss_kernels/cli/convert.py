@@ -24,7 +24,8 @@ from tqdm.auto import tqdm
 from ..atomic import replace_folder
 from ..checkpoint import HEADER_FILE, TENSORS_FILE, load_adapter, save_adapter
 from ..formats import PEFT_CONFIG_FILE, PEFT_TENSORS_FILE, export_lora, export_peft, import_peft, read_peft_config
-from ..model import adapted_layers, merge_and_unload
+from ..merge import merge_and_unload
+from ..model import adapted_layers
 
 FORMATS = ("adamss", "peft", "lora", "merged")
 _POSSIBLE = {"adamss": FORMATS, "peft": FORMATS, "lora": ("merged",)}

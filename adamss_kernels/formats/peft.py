@@ -1,38 +1,42 @@
-"""`export_peft`, `export_lora` and `import_peft`: the checkpoint formats of Hugging Face PEFT, without that library."""
+"""`export_peft` and `import_peft`: the AdaMSS checkpoints of Hugging Face PEFT, without that library."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .atomic import replace_file
-from .checkpoint import Checkpoint
-from .config import ASA_FIELDS, AdaMSSConfig
-from .decompose import Decomposition, augmented, decompose
-from .distributed import full_tensor, is_writer, unwrap, wait_for_writer
-from .frozen_linear import plain_linear
-from .layout import SubspaceLayout, block_diagonal, column_mask
-from .linear import FusedAdaMSSLinear
-from .model import adamss_layers, adapted_layers, modules_named, replace_modules, saved_modules, saved_names
+from ..checkpoint import Checkpoint
+from ..config import ASA_FIELDS, AdaMSSConfig
+from ..decompose import Decomposition, augmented, decompose
+from ..distributed import full_tensor, unwrap
+from ..frozen_linear import plain_linear
+from ..layout import SubspaceLayout
+from ..linear import FusedAdaMSSLinear
+from ..model import replace_modules
+from ..targets import modules_named
+from .files import (
+    PEFT_TENSORS_FILE,
+    PREFIX,
+    common_header,
+    exportable_layers,
+    read_peft_config,
+    saved_tensors,
+    write_checkpoint,
+)
 
 logger = logging.getLogger(__name__)
 
-PEFT_CONFIG_FILE = "adapter_config.json"
-PEFT_TENSORS_FILE = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 
 SAME_BASIS = 1e-2
 """Relative difference up to which two bases of one weight, but for signs, are decompositions of the same values. Other
 threads or instruction sets make 6e-4, rounding to bf16 2e-3; a bf16 copy of the base already makes 0.2 (R = 100)."""
+
 
 # What PEFT's `AdamssConfig` shares with ours; which layers are meant is said by `target_modules` alone.
 _SHARED_FIELDS = (
@@ -72,9 +76,9 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str], *, progress
     """
     from tqdm.auto import tqdm
 
-    root, layers = unwrap(model), _exportable_layers(model)
+    root, layers = unwrap(model), exportable_layers(model)
     config = next(iter(layers.values())).config
-    tensors = _saved_modules(root)
+    tensors = saved_tensors(root)
     frozen, bases = 0, []
     with tqdm(layers.items(), desc="PEFT rows", unit="layer", disable=not progress) as bar:
         for name, layer in bar:
@@ -86,7 +90,7 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str], *, progress
             _require_peft_rows(name, layer, decompose(full_tensor(weight), bias, config, name=name).layout)
             contributes = layer.active[layer.row_subspace.long()][:, None]
             B, C = layer.layout.unpack(full_tensor(layer.B), full_tensor(layer.C).where(contributes, 0))
-            prefix = f"{_PREFIX}{name}."
+            prefix = f"{PREFIX}{name}."
             tensors |= {f"{prefix}adamss_A.{k}": B_k for k, B_k in enumerate(B)}
             tensors |= {f"{prefix}adamss_B.{k}": C_k for k, C_k in enumerate(C)}
             tensors[f"{prefix}adamss_newB"] = augmented(layer.basis, layer.basis_bias)
@@ -99,67 +103,8 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str], *, progress
     # PEFT fails on a rank above R before it reads the file; the file's shapes replace those it then makes.
     header["subspace_rank"] = min(config.subspace_rank, *bases)
     header["layers_to_transform"] = header["layers_pattern"] = None
-    header |= _common_header("ADAMSS", root, layers)
-    return _write_checkpoint(model, directory, header, tensors)
-
-
-def export_lora(model: nn.Module, directory: str | os.PathLike[str], *, bias: bool = True) -> Path:
-    """Write a standard PEFT LoRA checkpoint with equal outputs, for PEFT itself and for multi-LoRA servers.
-
-    Per layer, lora_A (rank, D) = Q = B A, lora_B (N, rank) = C as a dense block-diagonal matrix, and, where the layer
-    has a bias, lora_B's bias (N,) = C a's share of S. The rank is RHO, less the ranks of pruned subspaces, and alpha
-    equals it, so that LoRA's scaling is 1. Layers without any contributing subspace are left out.
-
-    PEFT cannot merge such a checkpoint where some adapted layers have a bias and others have none. vLLM takes neither
-    a bias update nor `modules_to_save`.
-
-    Args:
-        model: As for `export_peft`; the base weights are not read.
-        directory: Created where missing; receives `adapter_config.json` and `adapter_model.safetensors`.
-        bias: False leaves the update of the bias out, for servers that take none; a warning says how large it is.
-
-    Returns:
-        The path of the safetensors file.
-
-    Raises:
-        ValueError: `model` has no AdaMSS layer or one of another method besides, none contributes, or one is registered
-            under two names. Nothing is written.
-    """
-    root, layers = unwrap(model), _exportable_layers(model)
-    tensors = _saved_modules(root)
-    factors = {name: _lora_factors(layer) for name, layer in layers.items() if layer.active.any()}
-    if not factors:
-        raise ValueError("model: no subspace contributes (all were pruned), and a LoRA checkpoint needs a rank >= 1")
-
-    largest = max(float(q.abs().max()) if q is not None else 0.0 for _, _, q in factors.values())
-    with_bias = bias and largest > 0
-    if not bias and largest > 0:
-        logger.warning("export_lora: left out updates of the bias of up to %.3g", largest)
-    for name, (Q, C, bias_update) in factors.items():
-        prefix = f"{_PREFIX}{name}.lora_"
-        tensors |= {f"{prefix}A.weight": Q, f"{prefix}B.weight": C}
-        if with_bias:
-            tensors[f"{prefix}B.bias"] = C.new_zeros(C.shape[0]) if bias_update is None else bias_update
-
-    # PEFT takes the first pattern that is a suffix of a name, so the longest comes first.
-    ranks = {name: factors[name][0].shape[0] for name in sorted(factors, key=len, reverse=True)}
-    largest_rank = max(ranks.values())
-    patterns = ranks if min(ranks.values()) != largest_rank else {}
-    header = {
-        "r": largest_rank,
-        "lora_alpha": largest_rank,
-        "rank_pattern": patterns,
-        "alpha_pattern": patterns,
-        "lora_dropout": 0.0,
-        "lora_bias": with_bias,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "use_rslora": False,
-        "use_dora": False,
-    }
-    header |= _common_header("LORA", root, factors)
-    return _write_checkpoint(model, directory, header, tensors)
+    header |= common_header("ADAMSS", root, layers)
+    return write_checkpoint(model, directory, header, tensors)
 
 
 def import_peft(model: nn.Module, directory: str | os.PathLike[str], *, progress: bool = True) -> nn.Module:
@@ -194,10 +139,10 @@ def import_peft(model: nn.Module, directory: str | os.PathLike[str], *, progress
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a checkpoint written by PEFT or export_peft")
     checkpoint = Checkpoint(path, header, load_file(path))
-    pattern = re.compile(re.escape(_PREFIX) + r"(.+)\.adamss_newB")
+    pattern = re.compile(re.escape(PREFIX) + r"(.+)\.adamss_newB")
     names = sorted(match.group(1) for match in map(pattern.fullmatch, checkpoint.tensors) if match)
     if not names:
-        raise ValueError(f"{path}: has no tensor '{_PREFIX}<layer>.adamss_newB'")
+        raise ValueError(f"{path}: has no tensor '{PREFIX}<layer>.adamss_newB'")
     fields = {name: header[name] for name in _SHARED_FIELDS if header.get(name) is not None}
     # With a `task_type` PEFT lists heads that only some models have ("classifier", "score"), and saves what is there.
     present = [f".{name}." for name in (*(name for name, _ in model.named_modules()), *checkpoint.tensors)]
@@ -210,7 +155,7 @@ def import_peft(model: nn.Module, directory: str | os.PathLike[str], *, progress
             bar.set_postfix_str(name)
             layers[name] = _imported_layer(model, name, config, checkpoint)
     saved = {
-        name: {key: checkpoint.take(f"{_PREFIX}{name}.{key}", tuple(t.shape)) for key, t in module.state_dict().items()}
+        name: {key: checkpoint.take(f"{PREFIX}{name}.{key}", tuple(t.shape)) for key, t in module.state_dict().items()}
         for name, module in modules_named(model, config.modules_to_save or ()).items()
     }
     unused = checkpoint.tensors.keys() - checkpoint.used
@@ -220,42 +165,6 @@ def import_peft(model: nn.Module, directory: str | os.PathLike[str], *, progress
         model.get_submodule(name).load_state_dict(state)
     replace_modules(model, layers)
     return model
-
-
-def read_peft_config(directory: Path) -> dict[str, Any]:
-    """Return the contents of `adapter_config.json`.
-
-    Raises:
-        FileNotFoundError: There is none.
-        ValueError: It is not a JSON object.
-    """
-    path = directory / PEFT_CONFIG_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected a checkpoint written by PEFT")
-    try:
-        header = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(header, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(header).__name__}")
-    return header
-
-
-def _exportable_layers(model: nn.Module) -> dict[str, FusedAdaMSSLinear]:
-    root = unwrap(model)
-    layers = adamss_layers(root)
-    if not layers:
-        raise ValueError("model: has no FusedAdaMSSLinear; adapt it with inject_adamss first")
-    for name, layer in adapted_layers(root).items():
-        if name not in layers:
-            raise ValueError(
-                f"{name}: is a {type(layer).__name__}, whose update would be left out; only AdaMSS has an export"
-            )
-    for name, module in root.named_modules(remove_duplicate=False):
-        if isinstance(module, FusedAdaMSSLinear) and name not in layers:
-            first = next(n for n, layer in layers.items() if layer is module)
-            raise ValueError(f"{name}: is the same module as {first!r}; PEFT would adapt it under one name only")
-    return layers
 
 
 def _decomposition_fields(config: AdaMSSConfig) -> tuple[object, ...]:
@@ -279,89 +188,6 @@ def _require_peft_rows(name: str, layer: FusedAdaMSSLinear, rebuilt: SubspaceLay
         )
 
 
-def _saved_modules(root: nn.Module) -> dict[str, Tensor]:
-    return {
-        f"{_PREFIX}{name}.{key}": full_tensor(tensor)
-        for name, module in saved_modules(root).items()
-        for key, tensor in module.state_dict().items()
-    }
-
-
-@torch.no_grad()
-def _lora_factors(layer: FusedAdaMSSLinear) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return lora_A (rank, D), lora_B (N, rank) and the update of the bias (N,), computed in float64."""
-    B, C = full_tensor(layer.B), full_tensor(layer.C)
-    rho = layer.layout.rho
-    contributes = column_mask(layer.active, layer.offsets, rho)
-    dense = block_diagonal(C.double(), layer.row_subspace, layer.offsets, rho)[contributes].T
-    B_active = B.double()[contributes]
-    bias_update = None
-    if layer.basis_bias is not None:
-        bias_update = (dense @ (B_active @ layer.basis_bias.double())).to(B.dtype)
-    return (B_active @ layer.basis.double()).to(B.dtype), dense.to(C.dtype), bias_update
-
-
-def _common_header(kind: str, root: nn.Module, names: Iterable[str]) -> dict[str, Any]:
-    """Return the fields of `adapter_config.json` that every kind of adapter has."""
-    saved = list(saved_modules(root))
-    base = getattr(getattr(root, "config", None), "_name_or_path", None)
-    return {
-        "peft_type": kind,
-        "base_model_name_or_path": base or None,
-        "task_type": None,
-        "inference_mode": True,
-        "target_modules": _target_modules(root, set(names), saved),
-        "modules_to_save": _peft_modules_to_save(root, saved),
-    }
-
-
-def _target_modules(root: nn.Module, wanted: set[str], saved: list[str]) -> list[str] | str:
-    """Return the shortest selection by PEFT's rules that means exactly the modules `wanted`."""
-    everything = [name for name, _ in root.named_modules()]
-    free = [n for n in everything if not any(n == s or n.startswith(s + ".") for s in saved)]
-    for suffixes in ({name.rsplit(".", 1)[-1] for name in wanted}, wanted):
-        if {n for n in free if n in suffixes or any(n.endswith("." + suffix) for suffix in suffixes)} == wanted:
-            return sorted(suffixes)
-    return "|".join(re.escape(name) for name in sorted(wanted))
-
-
-def _peft_modules_to_save(root: nn.Module, saved: list[str]) -> list[str] | None:
-    """Return names that PEFT, which compares the ends of names letter by letter, takes for exactly `saved`."""
-    if not saved:
-        return None
-    for inner in saved:
-        for outer in saved:
-            if inner.startswith(outer + "."):
-                raise ValueError(
-                    f"modules_to_save: PEFT cannot load {inner!r}, which {outer!r} holds; name one of them"
-                )
-    everything = [name for name, _ in root.named_modules(remove_duplicate=False)]
-    for names in (saved_names(root), saved):
-        if {n for n in everything if any(n.endswith(name) for name in names)} == set(saved):
-            return names
-    extra = min(n for n in everything if any(n.endswith(name) for name in saved) and n not in saved)
-    raise ValueError(f"modules_to_save: PEFT would also save {extra!r}, whose name ends like one of {saved}")
-
-
-def _write_checkpoint(
-    model: nn.Module, directory: str | os.PathLike[str], header: dict[str, Any], tensors: dict[str, Tensor]
-) -> Path:
-    """Write both files; wherever there is a config, the tensors beside it are those that it describes."""
-    from safetensors.torch import save_file
-
-    # Copies: safetensors refuses tensors that share memory.
-    tensors = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
-    directory = Path(directory)
-    if is_writer(model):
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / PEFT_CONFIG_FILE).unlink(missing_ok=True)
-        replace_file(directory / PEFT_TENSORS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-        text = json.dumps(header, indent=2, sort_keys=True)
-        replace_file(directory / PEFT_CONFIG_FILE, lambda path: path.write_text(text + "\n"))
-    wait_for_writer(unwrap(model))
-    return directory / PEFT_TENSORS_FILE
-
-
 def _stored_ranks(prefix: str, tensors: dict[str, Tensor]) -> tuple[int, ...]:
     """Return r_k of the subspaces of a layer in a PEFT checkpoint: the rows of its `adamss_A.<k>`."""
     ranks: list[int] = []
@@ -376,7 +202,7 @@ def _imported_layer(model: nn.Module, name: str, config: AdaMSSConfig, checkpoin
         linear = plain_linear(name, model.get_submodule(name))
     except AttributeError:
         raise ValueError(f"{name}: the checkpoint adapts this module, which the model does not have") from None
-    prefix = f"{_PREFIX}{name}.adamss_"
+    prefix = f"{PREFIX}{name}.adamss_"
     ranks = _stored_ranks(prefix, checkpoint.tensors)
     # The rows do not depend on the ranks, which come from the file.
     rebuilding = dataclasses.replace(config, subspace_rank=1, use_dynamic_rank=False)

@@ -1,0 +1,41 @@
+"""`merge_and_unload`: a model of plain linear layers again, with the updates folded in."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .frozen_linear import FrozenLinear
+from .model import adapted_layers, do_nothing, swap
+
+
+def merge_and_unload(model: nn.Module) -> nn.Module:
+    """Replace every adapted layer by a plain `nn.Linear` with the update folded in; there is no way back.
+
+    Parameters that other modules share (tied weights) keep their values there; where that is the head of a
+    transformers model, set `model.config.tie_word_embeddings = False` before saving, or loading ties it again. Either
+    all layers are replaced or, when an error is raised, none.
+
+    Args:
+        model: Changed in place; what `inject_adamss`, `inject_adapter` or `load_adapter` has adapted, merged or not.
+
+    Returns:
+        `model` itself, which needs `adamss_kernels` no longer.
+
+    Raises:
+        ValueError: `model` has no adapted layer or is one, or a merged weight is not finite; the message names it.
+    """
+    if isinstance(model, FrozenLinear):
+        raise ValueError(f"model: is itself a {type(model).__name__}, which cannot be replaced in place; use to_linear")
+    linears: dict[nn.Module, nn.Linear] = {}
+    for name, layer in adapted_layers(model).items():
+        try:
+            linears[layer] = layer.to_linear()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    if not linears:
+        raise ValueError("model: has no FusedAdaMSSLinear or adapter; use inject_adamss or inject_adapter first")
+    swap(model, linears)
+    for linear in linears.values():
+        for key in [key for key, hook in linear._forward_pre_hooks.items() if hook is do_nothing]:
+            del linear._forward_pre_hooks[key]
+    return model
