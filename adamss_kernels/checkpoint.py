@@ -158,7 +158,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], *, strict:
     """
     root = unwrap(model)
     path = Path(directory) / TENSORS_FILE
-    checkpoint = _read(path)
+    checkpoint = read_checkpoint(path)
     extra = adapted_layers(root).keys() - checkpoint.header["layers"].keys()
     if extra:
         raise ValueError(f"{path}: has no layer {min(extra)!r}, which is adapted in this model")
@@ -218,7 +218,13 @@ class Checkpoint:
         return tensor
 
 
-def _read(path: Path) -> Checkpoint:
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Return the contents of a file that `save_adapter` wrote.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is truncated, or of another format or version.
+    """
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():

@@ -15,7 +15,14 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from adamss_kernels import AdaMSSConfig, ASACallback, inject_adamss, load_adapter, save_adapter
+from adamss_kernels import (
+    AdaMSSConfig,
+    ASACallback,
+    inject_adamss,
+    load_adapter,
+    print_trainable_parameters,
+    save_adapter,
+)
 from adamss_kernels.atomic import replace_file, sync
 from adamss_kernels.config import BACKENDS
 from adamss_kernels.model import adamss_layers
@@ -131,6 +138,7 @@ def fine_tune(
         compute_metrics=lambda predicted: metrics(predicted.predictions, predicted.label_ids),
         callbacks=callbacks,
     )
+    print_trainable_parameters(model)
     checkpoint = last_complete_checkpoint(args.output_dir)
     if checkpoint is not None:
         print(f"continuing from {checkpoint}")

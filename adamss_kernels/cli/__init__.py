@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 # Each command is a module with `add_arguments(parser)` and `run(args) -> int`; its docstring is its help.
-COMMANDS = ("info", "demo", "bench", "convert", "compare", "tune", "build-cuda")
+COMMANDS = ("info", "demo", "bench", "convert", "inspect", "compare", "tune", "build-cuda")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -26,6 +26,7 @@ from ..checkpoint import HEADER_FILE, TENSORS_FILE, load_adapter, save_adapter
 from ..formats import PEFT_CONFIG_FILE, PEFT_TENSORS_FILE, export_lora, export_peft, import_peft, read_peft_config
 from ..merge import merge_and_unload
 from ..model import adapted_layers
+from .base_model import load_base
 
 FORMATS = ("adamss", "peft", "lora", "merged")
 _POSSIBLE = {"adamss": FORMATS, "peft": FORMATS, "lora": ("merged",)}
@@ -97,7 +98,7 @@ def _convert(args: argparse.Namespace) -> None:
         # Once per layer, however many layers there are, and not in the middle of the bar.
         warnings.showwarning = lambda message, *_: bar.write(f"warning: {message}", file=sys.stderr)
         bar.set_postfix_str("load base")
-        model = _load_base(args)
+        model = load_base(args.base, args.model_class, args.num_labels)
         bar.update()
         bar.set_postfix_str("read adapter")
         model = _read(model, args.adapter, source)
@@ -124,26 +125,6 @@ def _check_output(args: argparse.Namespace) -> None:
         raise FileExistsError(f"--out {args.out}: exists already; --force replaces it")
     if not out.is_dir() or not any((out / name).is_file() for name in _OUTPUTS):
         raise FileExistsError(f"--out {args.out}: is not an earlier output, so --force does not replace it")
-
-
-def _load_base(args: argparse.Namespace) -> nn.Module:
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError("convert needs transformers to load the base: pip install 'adamss-kernels[hf]'") from error
-    names = (
-        (args.model_class,) if args.model_class else transformers.AutoConfig.from_pretrained(args.base).architectures
-    )
-    if not names:
-        raise ValueError(f"--base {args.base}: its config names no architecture; name one with --model-class")
-    model_class = getattr(transformers, names[0], None)
-    if not hasattr(model_class, "from_pretrained"):
-        raise ValueError(f"--model-class: transformers has no model class {names[0]!r}")
-    options: dict[str, Any] = {"dtype": "auto"}
-    if args.num_labels is not None:
-        options |= {"num_labels": args.num_labels, "ignore_mismatched_sizes": True}
-    model: nn.Module = model_class.from_pretrained(args.base, **options)  # type: ignore[union-attr]
-    return model.eval()
 
 
 def _read(model: nn.Module, adapter: Path, source: str) -> nn.Module:

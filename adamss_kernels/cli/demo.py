@@ -28,7 +28,7 @@ from ..atomic import replace_file
 from ..checkpoint import load_adapter, save_adapter
 from ..config import AdaMSSConfig
 from ..linear import FusedAdaMSSLinear
-from ..model import adamss_layers, adapted_layers, inject_adamss
+from ..model import adamss_layers, adapted_layers, inject_adamss, print_trainable_parameters
 from .digits import DigitsViT, Split, load_digits_split
 
 TARGETS = ["query", "key", "value", "output", "up", "down"]
@@ -94,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
     for name, use_asa in (("AdaMSS", False), ("AdaMSS + ASA", True)):
         models[name] = copy.deepcopy(base)
         inject_adamss(models[name], dataclasses.replace(config, use_asa=use_asa))
+    print_trainable_parameters(models["AdaMSS"])
     allocator = SubspaceAllocator(models["AdaMSS + ASA"], dataclasses.replace(config, use_asa=True))
     # The same batches for every model.
     runs = {}
