@@ -229,7 +229,7 @@ def test_the_sanitizer_looks_at_our_kernels_alone(bench):
 def test_what_the_sanitizer_said_is_kept(bench, monkeypatch, recorded):
     gpu = bench("gpu")
     monkeypatch.setattr(gpu.shutil, "which", lambda _: "compute-sanitizer")
-    monkeypatch.setattr(gpu.ops, "implementation", lambda _: SimpleNamespace(unavailable=lambda *_: None))
+    monkeypatch.setattr(gpu.ops, "implementation", lambda _: SimpleNamespace(why_unavailable=lambda *_: None))
     said = "agrees with the reference\n========= ERROR SUMMARY: 0 errors\n\n"
     monkeypatch.setattr(gpu, "_run", lambda command, *_, **__: (0, said))
     gpu.sanitize(torch.device("cuda"), 100, recorded.add)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import peft
@@ -18,7 +19,9 @@ from ..config import known_backend
 from ..functional import fused_linear
 from ..layout import SubspaceLayout, block_diagonal, pack_columns
 from ..subspaces import Subspaces
+from . import peft_rows
 from .peft_asa import AdapterAllocation
+from .peft_rows import Rows, forget_rows, rows_take
 
 logger = logging.getLogger(__name__)
 
@@ -118,14 +121,19 @@ class FusedPeftLinear(PeftLinear):
         if self._disable_adapters or self.merged_adapters or args or kwargs or not _is_bare_linear(base):
             return super().forward(x, *args, **kwargs)
         indices: Any = self._modules["adamss_index"]._modules
-        active = [name for name in self.active_adapters if name in indices]
+        # Asked only where it can matter: what is compiled for other batches does not know of contexts.
+        rows = peft_rows.current_rows() if peft_rows.is_mixing else None
+        active = [name for name in self.active_adapters if name in indices] if rows is None else []
         parameters = base._parameters
         weight, bias = parameters["weight"], parameters["bias"]
         dtype = x.dtype
         if dtype != weight.dtype:
             x = x.to(weight.dtype)
         if not active:
-            return F.linear(x, weight, bias).to(dtype)
+            y = F.linear(x, weight, bias)
+            if rows is not None:
+                self._add_by_row(y, x, rows, indices)
+            return y.to(dtype)
         index = indices[active[0]]
         B, C, trainable = self._packed(active[0], index)
         buffers: Any = index._buffers
@@ -134,6 +142,13 @@ class FusedPeftLinear(PeftLinear):
         if len(active) > 1:
             y = y + self._further_updates(x, [(name, indices[name]) for name in active[1:]])
         return y if y.dtype is dtype else y.to(dtype)
+
+    def _add_by_row(self, y: Tensor, x: Tensor, rows: Rows, indices: Mapping[str, PackedIndex]) -> None:
+        """Add to each row of y (batch, ..., N) the update of the adapter that it takes, if this layer has that one."""
+        for name, taken in rows.groups(x).items():
+            if name in indices:
+                update = self._further_updates(x[taken], [(name, indices[name])])
+                y.index_add_(0, taken, update.to(y.dtype))
 
     def _packed(self, adapter: str, index: PackedIndex) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return B (RHO, R), C (N, r_max) and the mask of the subspaces that are not frozen."""
@@ -209,6 +224,17 @@ class FusedPeftModel(AdamssModel):
         if type(module) is PeftLinear:
             _fuse_layer(str(kwargs.get("current_key", "")), module, self.backend)
         return module
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Obey `adapter_names` in a call of the model or of `generate`, which PEFT passes on to here."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        known = {name for module in self.modules() if isinstance(module, AdamssLayer) for name in module.adamss_A}
+        with rows_take(self, names, known):
+            yield
 
     def update_and_allocate(self, global_step: int) -> None:
         """Score the step that the optimizer has just done and, where an event is due, freeze subspaces.
@@ -307,6 +333,7 @@ def revert_adamss_kernels(model: nn.Module) -> nn.Module:
                 del hooks[key]
             del module.adamss_index, module.backend
             module.__class__ = PeftLinear
+    forget_rows(model)
     return model
 
 
