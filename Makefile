@@ -39,11 +39,13 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/adamss-kernels bench --out bench/results $(BENCH)
 
-# Python sources are used in place; the native library is built again when its sources change.
-$(STAMP): pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+# Python sources are used in place. The library is built again when its sources change, and the map of modules made again
+# when there are others: a folder is newer then, which is why the first import must not add to it.
+$(STAMP): pyproject.toml CMakeLists.txt $(shell find csrc -type f) $(shell find adamss_kernels -type d -not -name __pycache__)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install "$(TORCH)"
 	$(BIN)/python -m pip install --editable ".[dev]"
+	$(BIN)/python -m compileall -q adamss_kernels
 	touch $@
 
 clean:

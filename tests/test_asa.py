@@ -9,8 +9,8 @@ from asa_run import TOTAL, Run, chain, config
 from torch import nn
 
 from adamss_kernels import AdaMSSConfig, SubspaceAllocator, importance, inject_adamss
-from adamss_kernels.asa import keep_above_threshold, keep_top, scheduled_budget
 from adamss_kernels.model import adamss_layers
+from adamss_kernels.schedule import keep_above_threshold, keep_top, scheduled_budget
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..asa import is_event, scheduled_budget, survivors
 from ..importance import ImportanceBank, Member, accumulate, measure, stack_banks
+from ..schedule import is_event, scheduled_budget, survivors
 
 logger = logging.getLogger(__name__)
 

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from ..asa import SubspaceAllocator, is_event
+from ..asa import SubspaceAllocator
 from ..config import ASA_FIELDS, AdaMSSConfig
 from ..distributed import full_tensor, unwrap
 from ..model import adamss_layers
+from ..schedule import is_event
 
 logger = logging.getLogger(__name__)
 
