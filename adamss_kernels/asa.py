@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from .config import AdaMSSConfig, require_config
 from .distributed import full_tensor, unwrap
-from .importance import ImportanceBank, RowStack, accumulate, build_banks, measure
+from .importance import ImportanceBank, accumulate, build_banks, measure
 from .model import adamss_layers
+from .row_stack import RowStack
 from .schedule import is_event, scheduled_budget, survivors
 
 logger = logging.getLogger(__name__)

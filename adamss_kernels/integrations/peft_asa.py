@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..importance import ImportanceBank, Member, accumulate, measure, stack_banks
+from ..importance import ImportanceBank, accumulate, measure, stack_banks
+from ..row_stack import Member
 from ..schedule import is_event, scheduled_budget, survivors
 
 logger = logging.getLogger(__name__)

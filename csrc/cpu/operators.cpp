@@ -2,19 +2,15 @@
 // kernels, and has torch add the base product where they leave it out.
 //
 // In C++ because a Python function around them costs as much as a small layer's whole update.
-#include <dlfcn.h>
-
 #include <initializer_list>
 #include <new>
 
 #include "interface.h"
+#include "operators.h"
 #include "scratch.h"
 #include "torch_shim.h"
 
 namespace adamss::torch {
-
-Shim shim;
-
 namespace {
 
 // The inputs of an operator in their order; each is taken once, and owned from then on.
@@ -157,6 +153,8 @@ bool goes_through_P(int64_t dtype, const Tensor& basis, int64_t rho) {
 // in bfloat16, to which the copy would be rounded.
 bool updates_weight(int64_t dtype, int64_t M, int64_t N) { return dtype != ADAMSS_BFLOAT16 && M >= 2 * N; }
 
+}  // namespace
+
 void forward(Value* stack, uint64_t, uint64_t) {
     Inputs in(stack);
     Tensor x = in.tensor(), weight = in.tensor(), bias = in.optional(), B = in.tensor(), C = in.tensor(),
@@ -244,28 +242,4 @@ void backward(Value* stack, uint64_t, uint64_t) {
     set_outputs(stack, {&dx, &dweight, &dbias, &dB, &dC});
 }
 
-}  // namespace
 }  // namespace adamss::torch
-
-extern "C" const char* adamss_cpu_register(const char* libtorch) {
-    using namespace adamss::torch;
-    void* const torch = dlopen(libtorch, RTLD_NOW | RTLD_NOLOAD);
-    if (!torch) return libtorch;
-#define F(name, arguments)                                                     \
-    shim.name = reinterpret_cast<decltype(shim.name)>(dlsym(torch, #name)); \
-    if (!shim.name) return #name;
-    ADAMSS_TORCH_FUNCTIONS(F)
-#undef F
-#define F(type, name)                                                  \
-    const auto get_##name = reinterpret_cast<type (*)()>(dlsym(torch, #name)); \
-    if (!get_##name) return #name;                                     \
-    shim.name = get_##name();
-    ADAMSS_TORCH_CONSTANTS(F)
-#undef F
-    // Kept for as long as the process lives: deleting it would take the operators away.
-    LibraryHandle library;
-    const int32_t failed = shim.aoti_torch_library_init_impl("adamss_kernels", "CPU", __FILE__, __LINE__, &library) ||
-                           shim.torch_library_impl(library, "cpu_forward", forward, ABI_VERSION) ||
-                           shim.torch_library_impl(library, "cpu_backward", backward, ABI_VERSION);
-    return failed ? "torch_library_impl" : nullptr;
-}
