@@ -226,8 +226,9 @@ class _Gradients(torch.autograd.Function):
             # Aliases: dy itself may follow from x, and that way is not ours to go.
             for i in wanted:
                 inputs[i] = inputs[i].view_as(inputs[i])
-            gradients = ctx.again(*inputs)
-            pairs = [(g, d) for g, d in zip(gradients, directions, strict=True) if g is not None and d is not None]
+            # What is zero for every input has no graph.
+            gradients = zip(ctx.again(*inputs), directions, strict=True)
+            pairs = [(g, d) for g, d in gradients if g is not None and d is not None and g.requires_grad]
             found = torch.autograd.grad(
                 [g for g, _ in pairs],
                 [inputs[i] for i in wanted],

@@ -178,3 +178,24 @@ def test_the_structural_zeros_of_C_have_no_derivative():
     got = grad(lambda C: loss(functional_call(layer, {"C": C}, (X.float(),))))(layer.C.detach())
     ranks = layer.ranks[layer.row_subspace.long()]
     assert not got[torch.arange(got.shape[1]) >= ranks[:, None]].any()
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_a_gradient_penalty_of_a_layer_with_nothing_left_to_train(order):
+    layer = make_higher(make_layer(D=6, N=5, r=4).double())
+    layer.set_masks(trainable=torch.zeros(3, dtype=torch.bool))
+    results = []
+    for function in (layer, lambda x: plain(layer, x)):
+        x = X.clone().requires_grad_()
+        value = loss(function(x))
+        for _ in range(order - 1):
+            (dx,) = torch.autograd.grad(value, x, create_graph=True)
+            value = dx.square().sum()
+        results.append(torch.autograd.grad(value, x))
+    same(*results)
+    # Zero gradients of B and C are among what is differentiated again.
+    x = X.clone().requires_grad_()
+    gradients = torch.autograd.grad(loss(layer(x)), (x, layer.B, layer.C), create_graph=True)
+    assert not gradients[1].any() and not gradients[2].any()
+    (again,) = torch.autograd.grad(sum(g.square().sum() for g in gradients), x)
+    assert torch.isfinite(again).all()
