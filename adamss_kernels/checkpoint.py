@@ -106,8 +106,11 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, compact
             if header.setdefault("config", config) != config:
                 info["config"] = config
             info |= {"r": layer.basis.shape[0], "ranks": list(layer.layout.ranks)}
+            if compact and not torch.isfinite(stored["B"]).all():
+                # On every rank alike: the others would wait for a writer that has gone.
+                raise ValueError(f"{name}: compact: expected a finite B, which training has made infinite or NaN")
             if compact and writes:
-                stored = _compacted(name, stored)
+                stored = _compacted(stored)
         else:
             if compact:
                 raise ValueError(f"compact: {name} is a {type(layer).__name__}, which has no basis that can be rebuilt")
@@ -177,11 +180,9 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], *, strict:
     return model
 
 
-def _compacted(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _compacted(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return what a compact file keeps of a layer's tensors: nothing that can be rebuilt, in few bytes."""
     Z = probe(state["B"], state["basis"], state.get("basis_bias"))
-    if not torch.isfinite(Z).all():
-        raise ValueError(f"{name}: compact: expected a finite B, which training has made infinite or NaN")
     # The header has the ranks.
     kept = {key: t for key, t in state.items() if key not in ("basis", "basis_bias", "B", "ranks")}
     kept["row_subspace"] = kept["row_subspace"].to(_row_dtype(state["ranks"].numel()))
