@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from adamss_kernels.cli.bench import layer, measure, providers, results
-from adamss_kernels.cli.bench.allocator import keep_freed_memory
+from adamss_kernels.compiled.allocator import keep_freed_memory
 
 # The layers of README's table that are furthest from the bare one.
 CASES: list[dict[str, Any]] = [

@@ -331,7 +331,7 @@ def test_the_microbenchmarks_run():
 def test_freed_memory_stays_with_the_process_while_it_is_measured():
     code = """if True:
         import resource, sys, torch
-        from adamss_kernels.cli.bench.allocator import keep_freed_memory
+        from adamss_kernels.compiled.allocator import keep_freed_memory
         kept = keep_freed_memory()
         assert kept or sys.platform != "linux"
         def faults():

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from ...compiled.allocator import keep_freed_memory
 from . import asa, compare, init, layer, memory, methods, model, results, scaling
-from .allocator import keep_freed_memory
 from .bound import measure_bound
 from .measure import Settings, pinned
 from .results import Row

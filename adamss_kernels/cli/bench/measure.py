@@ -14,7 +14,7 @@ cache, as activations come from another layer; on a GPU the L2 cache is overwrit
 Which pages tensors get is luck, and moves a ratio the same way for as long as they stay. So on the CPU operands and
 layers are put elsewhere several times during a measurement, and the rounds of all places count together.
 
-On the CPU the clock is the wall clock, and freed memory stays with the process (`allocator.py` says why), as
+On the CPU the clock is the wall clock, and freed memory stays with the process (`compiled/allocator.py` says why), as
 with the allocators that are recommended for training. On a GPU it is a pair of events around each call, queued while
 the overwriting of the cache still runs, so that launches are timed only where Python is slower than the kernels; with
 `graph` a call is the replay of a CUDA graph, which takes Python out altogether. Garbage collector and log rest
