@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import adapters  # noqa: F401 (registers what checkpoints may hold)
 from .asa import SubspaceAllocator
+from .bank import AdapterBank
 from .checkpoint import BaseWeightWarning, load_adapter, save_adapter
 from .config import AdaMSSConfig
 from .formats import export_lora, export_peft
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ASACallback",
     "AdaMSSConfig",
+    "AdapterBank",
     "BaseWeightWarning",
     "FusedAdaMSSLinear",
     "SubspaceAllocator",

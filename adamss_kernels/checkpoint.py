@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +74,33 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, compact
         ValueError: `model` has no adapted layer, one is on the meta device, or `compact` is asked of a method other
             than AdaMSS or of a B that is not finite. Nothing is written.
     """
-    from safetensors.torch import save_file
-
     writes, model = is_writer(model), unwrap(model)
     layers = adapted_layers(model)
     if not layers:
         raise ValueError("model: has no FusedAdaMSSLinear or adapter; use inject_adamss or inject_adapter first")
+    path = write_layers(layers, saved_modules(model), Path(directory), compact=compact, writes=writes)
+    wait_for_writer(model)
+    return path
+
+
+def write_layers(
+    layers: Mapping[str, FrozenLinear],
+    modules: Mapping[str, nn.Module],
+    directory: Path,
+    *,
+    compact: bool = False,
+    writes: bool = True,
+) -> Path:
+    """Write what `save_adapter` writes of a model that has these adapted layers and modules that are saved whole.
+
+    Args:
+        layers: By name.
+        modules: By name.
+        directory: As in `save_adapter`, and so is `compact`.
+        compact: See there.
+        writes: False on ranks that only take part in gathering tensors.
+    """
+    from safetensors.torch import save_file
 
     header: dict[str, Any] = {
         "format": "adamss_kernels",
@@ -117,20 +139,18 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, compact
             related: Any = layer
             info |= {"method": related.method, "options": related.options}
         tensors |= {f"layers.{name}.{key}": t for key, t in stored.items()}
-    for name, module in saved_modules(model).items():
+    for name, module in modules.items():
         header["modules_to_save"].append(name)
         tensors |= {f"modules.{name}.{key}": full_tensor(t) for key, t in module.state_dict().items()}
 
     # Copies: safetensors refuses tensors that share memory.
     tensors = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
     text = json.dumps(header, indent=2)
-    directory = Path(directory)
     if writes:
         directory.mkdir(parents=True, exist_ok=True)
         replace_file(directory / HEADER_FILE, lambda path: path.write_text(text + "\n"))
         metadata = {"adamss_kernels": text}
         replace_file(directory / TENSORS_FILE, lambda path: save_file(tensors, path, metadata=metadata))
-    wait_for_writer(model)
     return directory / TENSORS_FILE
 
 
@@ -166,18 +186,35 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], *, strict:
     if extra:
         raise ValueError(f"{path}: has no layer {min(extra)!r}, which is adapted in this model")
 
-    layers: dict[str, FrozenLinear] = {}
-    for name in checkpoint.header["layers"]:
-        layers[name] = _load_layer(root, name, checkpoint, strict)
-    saved = {name: _loaded_module(root, name, checkpoint) for name in checkpoint.header["modules_to_save"]}
-    unused = checkpoint.tensors.keys() - checkpoint.used
-    if unused:
-        raise ValueError(f"{path}: has a tensor {min(unused)!r} that its header does not announce")
-
+    layers, saved = build_layers(lambda name: _find(root, name, path), checkpoint, strict)
     for name, state in saved.items():
         root.get_submodule(name).load_state_dict(state)
     replace_modules(root, layers)
     return model
+
+
+def build_layers(
+    find: Callable[[str], nn.Module], checkpoint: Checkpoint, strict: bool
+) -> tuple[dict[str, FrozenLinear], dict[str, dict[str, Tensor]]]:
+    """Return the layers of a checkpoint over those of a model, and the states of the modules that were saved whole.
+
+    Args:
+        find: Returns the model's module of a name, which is left as it is.
+        checkpoint: Read from a file.
+        strict: As in `load_adapter`.
+
+    Raises:
+        ValueError: As `load_adapter`.
+    """
+    header = checkpoint.header
+    layers: dict[str, FrozenLinear] = {}
+    for name in header["layers"]:  # no comprehension, which would be a level more between a warning and its cause
+        layers[name] = _load_layer(find(name), name, checkpoint, strict)
+    saved = {name: _loaded_module(find(name), name, checkpoint) for name in header["modules_to_save"]}
+    unused = checkpoint.tensors.keys() - checkpoint.used
+    if unused:
+        raise ValueError(f"{checkpoint.path}: has a tensor {min(unused)!r} that its header does not announce")
+    return layers, saved
 
 
 def _compacted(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -249,10 +286,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, header, tensors)
 
 
-def _load_layer(model: nn.Module, name: str, checkpoint: Checkpoint, strict: bool) -> FrozenLinear:
-    """Build the layer that replaces module `name`, after checking everything that it is built from."""
+def _load_layer(module: nn.Module, name: str, checkpoint: Checkpoint, strict: bool) -> FrozenLinear:
+    """Build the layer that replaces `module`, after checking everything that it is built from."""
     info = checkpoint.header["layers"][name]
-    module = _find(model, name, checkpoint.path)
     N, D = info["out_features"], info["in_features"]
     weight: Tensor
     bias: Tensor | None
@@ -354,7 +390,7 @@ def _check_base(name: str, found: Tensor, expected: Tensor, strict: bool) -> Non
         return
     if difference <= ROUNDED_BASE:
         message = f"{name}: the base weight differs from the one trained on by {difference:.2g} (relative, estimated)"
-        warnings.warn(f"{message}, as by rounding; the trained update is applied exactly", BaseWeightWarning, 4)
+        warnings.warn(f"{message}, as by rounding; the trained update is applied exactly", BaseWeightWarning, 5)
         return
     message = (
         f"{name}: the base weight differs from the one trained on by {difference:.2g} (relative, estimated; "
@@ -362,7 +398,7 @@ def _check_base(name: str, found: Tensor, expected: Tensor, strict: bool) -> Non
     )
     if strict:
         raise ValueError(f"{message} strict=False loads it all the same")
-    warnings.warn(message, BaseWeightWarning, 4)
+    warnings.warn(message, BaseWeightWarning, 5)
 
 
 def _rebuilt(
@@ -391,12 +427,12 @@ def _check_update(name: str, error: float, strict: bool) -> None:
             f"{message}; up to {SIMILAR_UPDATE} is loaded: a compact adapter needs the base it was trained on, "
             "decomposed on the same type of device. strict=False loads it all the same"
         )
-    warnings.warn(message, BaseWeightWarning, 5)
+    warnings.warn(message, BaseWeightWarning, 6)
 
 
-def _loaded_module(model: nn.Module, name: str, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Return the state dict for module `name` out of `modules_to_save`, checked against the module."""
-    state = _find(model, name, checkpoint.path).state_dict()
+def _loaded_module(module: nn.Module, name: str, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Return the state dict for a module out of `modules_to_save`, checked against the module."""
+    state = module.state_dict()
     return {key: checkpoint.take(f"modules.{name}.{key}", tuple(tensor.shape)) for key, tensor in state.items()}
 
 

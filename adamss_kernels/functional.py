@@ -98,7 +98,7 @@ def fused_linear(
         backend: As in `adamss_linear`.
     """
     x, weight, bias = as_linear_takes_them(x, weight, bias)
-    if _is_transformed():
+    if is_transformed():
         return differentiable.forward(x, weight, bias, B, C, subspaces)
     N, D = weight.shape
     shape = x.shape
@@ -158,7 +158,7 @@ def as_linear_takes_them(x: Tensor, weight: Tensor, bias: Tensor | None) -> tupl
     return x, weight, bias
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Whether `torch.func` or forward-mode differentiation looks on, for which the operators have no rules."""
     if torch.compiler.is_compiling():
         return False
@@ -261,7 +261,7 @@ class _FusedLinear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, B, C, subspaces, save_for_backward, backend):
         _, need_dweight, _, need_dB, need_dC, *_ = ctx.needs_input_grad
         need_dB, need_dC = need_dB and subspaces.learns, need_dC and subspaces.learns
-        keep_P = need_dB and not need_dweight and _keeps_projection(save_for_backward, weight, subspaces.basis)
+        keep_P = need_dB and not need_dweight and keeps_projection(save_for_backward, weight, subspaces.basis)
         keep_x = need_dweight or (not keep_P and (need_dB or (need_dC and save_for_backward == "input")))
         forward, _ = OPERATORS[backend]
         y, S, P = forward(x, weight, bias, B, C, *subspaces[:5], need_dC, keep_P)
@@ -321,7 +321,7 @@ def _zero_gradients(ctx, *arguments: tuple[int, Tensor]) -> list[Tensor | None]:
     return [torch.zeros_like(tensor) if ctx.needs_input_grad[index] else None for index, tensor in arguments]
 
 
-def _keeps_projection(save_for_backward: str, weight: Tensor, basis: Tensor | None) -> bool:
+def keeps_projection(save_for_backward: str, weight: Tensor, basis: Tensor | None) -> bool:
     """Whether P is kept for backward; with "auto", where it costs under 1/16 of the base GEMM and is smaller than x."""
     if basis is None:
         return False

@@ -18,21 +18,27 @@ from typing import NamedTuple
 import torch
 
 from .config import BACKENDS, known_backend
+from .mixed_batch import Groups
 from .subspaces import Subspaces, accumulation_dtype
 
 FEW_TOKENS = 64
 """Up to so many tokens tiles of 128 rows stay mostly empty: a GPU's backends are then preferred in another order."""
 _PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+GROUPED_BACKENDS = ("reference", "cpu")
+"""Those that have operators for groups of tokens."""
 
+# {} is empty, or for grouped operators what `Groups` has.
 _FORWARD = (
     "(Tensor x, Tensor weight, Tensor? bias, Tensor B, Tensor C, Tensor? basis, Tensor? basis_bias, "
-    "Tensor row_subspace, Tensor offsets, Tensor? active, bool keep_S, bool keep_P) -> (Tensor y, Tensor S, Tensor P)"
+    "Tensor row_subspace, Tensor offsets, Tensor? active, {}bool keep_S, bool keep_P) "
+    "-> (Tensor y, Tensor S, Tensor P)"
 )
 _BACKWARD = (
     "(Tensor dy, Tensor? x, Tensor? S, Tensor? P, Tensor weight, Tensor B, Tensor C, Tensor? basis, "
-    "Tensor? basis_bias, Tensor row_subspace, Tensor offsets, Tensor? active, Tensor? trainable, bool[] needs) "
+    "Tensor? basis_bias, Tensor row_subspace, Tensor offsets, Tensor? active, Tensor? trainable, {}bool[] needs) "
     "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dB, Tensor dC)"
 )
+_GROUPS = "Tensor tokens, Tensor slots, Tensor starts, Tensor tiles, "
 
 
 class Operators(NamedTuple):
@@ -42,16 +48,19 @@ class Operators(NamedTuple):
     backward: torch._ops.OpOverload
 
 
-def _forward_fake(x, weight, bias, B, C, basis, basis_bias, row_subspace, offsets, active, keep_S, keep_P):
+def _forward_fake(x, weight, bias, B, C, basis, basis_bias, row_subspace, offsets, active, *rest):
+    *_, keep_S, keep_P = rest
     M = x.shape[0]
     y = x.new_empty(M, weight.shape[0])
-    S = x.new_empty((M, B.shape[0]) if keep_S else 0, dtype=accumulation_dtype(x.dtype))
+    S = x.new_empty((M, B.shape[-2]) if keep_S else 0, dtype=accumulation_dtype(x.dtype))
     P = x.new_empty((M, basis.shape[0]) if keep_P else 0)
     return y, S, P
 
 
-def _backward_fake(dy, x, S, P, weight, B, C, basis, basis_bias, row_subspace, offsets, active, trainable, needs):
-    shapes = ((dy.shape[0], weight.shape[1]), weight.shape, weight.shape[:1], B.shape, C.shape)
+def _backward_fake(dy, x, S, P, weight, B, C, basis, basis_bias, row_subspace, offsets, active, trainable, *rest):
+    *groups, needs = rest
+    B_shape, C_shape = ((groups[1].shape[0], *t.shape[1:]) if groups else t.shape for t in (B, C))
+    shapes = ((dy.shape[0], weight.shape[1]), weight.shape, weight.shape[:1], B_shape, C_shape)
     dtypes = (dy.dtype, dy.dtype, dy.dtype, B.dtype, C.dtype)
     return tuple(
         dy.new_empty(shape if need else 0, dtype=dtype)
@@ -59,23 +68,28 @@ def _backward_fake(dy, x, S, P, weight, B, C, basis, basis_bias, row_subspace, o
     )
 
 
-def _python_kernels(name):
+def _python_kernels(name, is_grouped):
     """Return the kernels of a backend whose module has them in Python."""
+    prefix = "grouped_" if is_grouped else ""
 
-    def forward(x, weight, bias, B, C, basis, basis_bias, row_subspace, offsets, active, keep_S, keep_P):
+    def forward(x, weight, bias, B, C, basis, basis_bias, row_subspace, offsets, active, *rest):
         subspaces = Subspaces(basis, basis_bias, row_subspace, offsets, active)
+        groups = (Groups(*rest[:4]),) if is_grouped else ()
         with _without_autocast(x):
-            return implementation(name).forward(x, weight, bias, B, C, subspaces, keep_S, keep_P)
+            kernel = getattr(implementation(name), f"{prefix}forward")
+            return kernel(x, weight, bias, B, C, subspaces, *groups, *rest[-2:])
 
-    def backward(dy, x, S, P, weight, B, C, basis, basis_bias, row_subspace, offsets, active, trainable, needs):
+    def backward(dy, x, S, P, weight, B, C, basis, basis_bias, row_subspace, offsets, active, trainable, *rest):
         subspaces = Subspaces(basis, basis_bias, row_subspace, offsets, active, trainable)
+        groups = (Groups(*rest[:4]),) if is_grouped else ()
         with _without_autocast(dy):
-            return implementation(name).backward(dy, x, S, P, weight, B, C, subspaces, needs)
+            kernel = getattr(implementation(name), f"{prefix}backward")
+            return kernel(dy, x, S, P, weight, B, C, subspaces, *groups, rest[-1])
 
     return forward, backward
 
 
-def _library_kernels(name):
+def _library_kernels(name, is_grouped):
     """Return stand-ins for kernels in compiled code: they load it, which puts its kernels before these."""
 
     def stand_in(which):
@@ -83,7 +97,8 @@ def _library_kernels(name):
             reason = implementation(name).why_unavailable(tensor.device.type, tensor.dtype)
             if reason is not None:
                 raise RuntimeError(f"backend {name!r} cannot run {tensor.dtype} on {tensor.device.type}: {reason}")
-            return OPERATORS[name][which](tensor, *operands)
+            pairs = GROUPED_OPERATORS if is_grouped else OPERATORS
+            return pairs[name][which](tensor, *operands)
 
         return kernel
 
@@ -101,8 +116,8 @@ def _without_autocast(tensor):
 _library = torch.library.Library("adamss_kernels", "DEF")
 
 
-def _defined(name):
-    """Define both operators of backend `name`, and return them."""
+def _defined(name, is_grouped):
+    """Define a pair of operators of backend `name`, and return it."""
 
     def defined(operator, schema, kernel, fake):
         _library.define(operator + schema)
@@ -110,15 +125,18 @@ def _defined(name):
         torch.library.register_fake(f"adamss_kernels::{operator}", fake, lib=_library)
         return getattr(torch.ops.adamss_kernels, operator).default
 
-    forward, backward = _library_kernels(name) if name == "cpu" else _python_kernels(name)
+    forward, backward = (_library_kernels if name == "cpu" else _python_kernels)(name, is_grouped)
+    infix, groups = ("_grouped", _GROUPS) if is_grouped else ("", "")
     return Operators(
-        defined(f"{name}_forward", _FORWARD, forward, _forward_fake),
-        defined(f"{name}_backward", _BACKWARD, backward, _backward_fake),
+        defined(f"{name}{infix}_forward", _FORWARD.format(groups), forward, _forward_fake),
+        defined(f"{name}{infix}_backward", _BACKWARD.format(groups), backward, _backward_fake),
     )
 
 
-OPERATORS = {name: _defined(name) for name in BACKENDS}
+OPERATORS = {name: _defined(name, is_grouped=False) for name in BACKENDS}
 """The pair of each backend, by its name."""
+GROUPED_OPERATORS = {name: _defined(name, is_grouped=True) for name in GROUPED_BACKENDS}
+"""The pair for tokens in groups, each of which has a B, C and masks of its own."""
 
 
 @functools.cache
@@ -127,12 +145,14 @@ def implementation(name: str) -> ModuleType:
 
     Such a module has `why_unavailable(device_type, dtype)`, which returns None or the reason why it cannot run there,
     and, unless compiled code gives the operators their kernels, `forward` and `backward` with the arguments of
-    `reference.forward` and `reference.backward`.
+    `reference.forward` and `reference.backward`, and, if it is one of `GROUPED_BACKENDS`, their grouped namesakes.
     """
     return importlib.import_module(f"{__package__}.{name}")
 
 
-def choose_backend(requested: str, device: torch.device, dtype: torch.dtype, has_few_tokens: bool = False) -> str:
+def choose_backend(
+    requested: str, device: torch.device, dtype: torch.dtype, has_few_tokens: bool = False, is_grouped: bool = False
+) -> str:
     """Return the backend that runs for tensors of `dtype` on `device`: the only place where that is decided.
 
     "auto" is replaced by the environment variable ADAMSS_BACKEND where that is set at the first call. What is still
@@ -141,13 +161,13 @@ def choose_backend(requested: str, device: torch.device, dtype: torch.dtype, has
     more than `FEW_TOKENS` tokens to fill their tiles with; elsewhere reference. Where Triton works on a GPU with no
     dtype at all (it cannot be imported, or its first kernel does not compile), one warning names the cause and what
     runs instead. A backend named explicitly runs or raises; it never falls back to another. Compiled and exported code
-    keeps what was chosen for it.
+    keeps what was chosen for it. Of `GROUPED_BACKENDS` alone where the tokens are in groups.
 
     Raises:
         ValueError: `requested`, or ADAMSS_BACKEND, is not the name of a backend.
         RuntimeError: The backend asked for cannot run here; the message says why.
     """
-    return _chosen(requested, device.type, dtype, has_few_tokens)
+    return _chosen(requested, device.type, dtype, has_few_tokens, is_grouped)
 
 
 # `torch.compiler.assume_constant_result` without its import of the whole compiler: tracers ask, and do not look inside.
@@ -155,18 +175,22 @@ choose_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
-def _chosen(requested, device_type, dtype, has_few_tokens):
+def _chosen(requested, device_type, dtype, has_few_tokens, is_grouped):
     requested = known_backend(requested)
     if requested == "auto":
         requested = known_backend(os.environ.get("ADAMSS_BACKEND") or "auto")
     if requested == "auto":
         preferred = _preferred(device_type, dtype, has_few_tokens)
+        if is_grouped:
+            preferred = tuple(name for name in preferred if name in GROUPED_BACKENDS)
         able = (name for name in preferred if implementation(name).why_unavailable(device_type, dtype) is None)
         chosen = next(able, "reference")
-        if device_type == "cuda" and chosen != preferred[0]:
+        if device_type == "cuda" and preferred and chosen != preferred[0]:
             _warn_of_broken(device_type, chosen)
         return chosen
     reason = implementation(requested).why_unavailable(device_type, dtype)
+    if reason is None and is_grouped and requested not in GROUPED_BACKENDS:
+        reason = f"it has no kernels for mixed batches; {', '.join(GROUPED_BACKENDS)} have"
     if reason is not None:
         raise RuntimeError(f"backend {requested!r} cannot run {dtype} on {device_type}: {reason}")
     return requested

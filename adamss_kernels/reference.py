@@ -6,10 +6,13 @@ that PyTorch's GEMM gives; S and the parameter gradients are handed over in `acc
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from .layout import block_diagonal, column_mask, gather_index
+from .mixed_batch import Groups
 from .subspaces import Subspaces, accumulation_dtype
 
 
@@ -123,6 +126,108 @@ def backward(
     if need_dbias:
         dbias = dy.sum(0)
     return dx, dweight, dbias, dB, dC
+
+
+def grouped_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    B: Tensor,
+    C: Tensor,
+    subspaces: Subspaces,
+    groups: Groups,
+    keep_S: bool,
+    keep_P: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute `forward` with the B, C and masks of another adapter for each group of tokens.
+
+    Args:
+        x: (M, D).
+        weight: W (N, D), of all groups, as is the basis.
+        bias: (N,) or None.
+        B: (slots, RHO, R).
+        C: (slots, N, r_max).
+        subspaces: With masks (slots, K).
+        groups: Which tokens take which slot; those that take none get the base layer alone, and zeros in S.
+        keep_S: As in `forward`.
+        keep_P: As in `forward`.
+
+    Returns:
+        y, S and P, as `forward`, for all tokens in their order.
+    """
+    M, N = x.shape[0], weight.shape[0]
+    y = x.new_empty(M, N)
+    S = x.new_zeros((M, B.shape[1]) if keep_S else 0, dtype=accumulation_dtype(x.dtype))
+    P = x.new_zeros((M, B.shape[2]) if keep_P else 0)
+    for slot, tokens in _by_slot(groups):
+        if slot is None:
+            y[tokens] = torch.nn.functional.linear(x[tokens], weight, bias)
+            continue
+        found = forward(x[tokens], weight, bias, B[slot], C[slot], _of_slot(subspaces, slot), keep_S, keep_P)
+        for whole, part, kept in zip((y, S, P), found, (True, keep_S, keep_P), strict=True):
+            if kept:
+                whole[tokens] = part
+    return y, S, P
+
+
+def grouped_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    S: Tensor | None,
+    P: Tensor | None,
+    weight: Tensor,
+    B: Tensor,
+    C: Tensor,
+    subspaces: Subspaces,
+    groups: Groups,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute the gradients of `grouped_forward`, as `backward` does.
+
+    Returns:
+        As `backward`, but dB (G, RHO, R) and dC (G, N, r_max) for the G groups, zero for those without tokens.
+    """
+    need_dx, need_dweight, need_dbias, need_dB, need_dC = needs
+    G = groups.slots.shape[0]
+    dx = dy.new_empty((dy.shape[0], weight.shape[1]) if need_dx else 0)
+    dB = B.new_zeros((G, *B.shape[1:]) if need_dB else 0)
+    dC = C.new_zeros((G, *C.shape[1:]) if need_dC else 0)
+    for group, (slot, tokens) in enumerate(_by_slot(groups)):
+        if slot is None:
+            if need_dx:
+                dx[tokens] = dy[tokens] @ weight
+            continue
+        x_g, S_g, P_g = (None if t is None else t[tokens] for t in (x, S, P))
+        of_slot = (weight, B[slot], C[slot], _of_slot(subspaces, slot))
+        dx_g, _, _, dB_g, dC_g = backward(
+            dy[tokens], x_g, S_g, P_g, *of_slot, [need_dx, False, False, need_dB, need_dC]
+        )
+        if need_dx:
+            dx[tokens] = dx_g
+        if need_dB:
+            dB[group] = dB_g
+        if need_dC:
+            dC[group] = dC_g
+    dweight, dbias = dy.new_empty(0), dy.new_empty(0)
+    if need_dweight:
+        assert x is not None
+        dweight = dy.T @ x
+    if need_dbias:
+        dbias = dy.sum(0)
+    return dx, dweight, dbias, dB, dC
+
+
+def _by_slot(groups: Groups) -> Iterator[tuple[int | None, Tensor]]:
+    """Yield the slot and the tokens of each group, and at the end None and those that take no adapter."""
+    starts = groups.starts.tolist()
+    for slot, begin, end in zip(groups.slots.tolist(), starts, starts[1:], strict=False):
+        yield slot, groups.tokens[begin:end]
+    yield None, groups.tokens[starts[-1] :]
+
+
+def _of_slot(subspaces: Subspaces, slot: int) -> Subspaces:
+    active, trainable = (None if mask is None else mask[slot] for mask in subspaces[4:6])
+    return subspaces._replace(active=active, trainable=trainable)
 
 
 def input_projection(

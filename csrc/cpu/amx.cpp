@@ -230,7 +230,9 @@ adamss_status forward_bfloat16(const adamss_forward_args& args) {
         ahead.add(x + M * args.stride_xm, args.stride_xm, smaller(BLOCK_M, args.M - begin - M));
         pass.skinny(x, args.stride_xm, M, projection.q.data(), left.data(), S.data());
         if (args.S)
-            write_S(columns, S.data(), pass.stride_s(), M, rho_full, static_cast<float*>(args.S) + begin * rho_full);
+            for (int64_t m = 0; m < M; ++m)
+                write_S(columns, S.data() + m * pass.stride_s(), rho_full,
+                        static_cast<float*>(args.S) + (begin + m) * rho_full);
         pass.product(M, S.data(), bias.data(), left.data(), static_cast<bfloat16*>(args.y) + begin * N, ahead);
     });
     return ADAMSS_WHOLE;
@@ -328,6 +330,14 @@ adamss_status forward_any(const adamss_forward_args& args) {
     return here ? forward_bfloat16(args) : avx512::kernels.forward(args);
 }
 
+adamss_status grouped_forward_any(const adamss_forward_args& args, const adamss_groups& groups) {
+    return avx512::kernels.grouped_forward(args, groups);
+}
+
+adamss_status grouped_backward_any(const adamss_backward_args& args, const adamss_groups& groups) {
+    return avx512::kernels.grouped_backward(args, groups);
+}
+
 adamss_status backward_any(const adamss_backward_args& args) {
     const bool here = args.dtype == ADAMSS_BFLOAT16 && takes_base(args.W, args.M, args.D, args.layout.N);
     return here ? backward_bfloat16(args) : avx512::kernels.backward(args);
@@ -336,6 +346,6 @@ adamss_status backward_any(const adamss_backward_args& args) {
 }  // namespace
 
 extern const adamss::Kernels kernels;
-const adamss::Kernels kernels = {"amx", forward_any, backward_any};
+const adamss::Kernels kernels = {"amx", forward_any, backward_any, grouped_forward_any, grouped_backward_any};
 
 }  // namespace ADAMSS_ISA

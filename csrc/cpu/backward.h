@@ -17,7 +17,7 @@ void coefficient_grad_tile(int64_t N, const T* const dy[TILE_M], const T* S, int
         vec<T> dy_m[TILE_M];
         for (int m = 0; m < TILE_M; ++m) dy_m[m] = load(dy[m] + i);
         for (int64_t j = 0; j < c.r_max; ++j) {
-            const int32_t* index = c.index.data() + j * c.stride + i;
+            const int32_t* index = c.index + j * c.stride + i;
             T* const out = dC + j * c.stride + i;
             vec<T> total = held[0][index] * dy_m[0];
             ADAMSS_UNROLL for (int m = 1; m < TILE_M; ++m) total += held[m][index] * dy_m[m];
@@ -191,105 +191,142 @@ struct Shares {
           count(larger(1, (M + tokens - 1) / tokens)) {}
 };
 
+// The gradients of M tokens by one adapter, share by share of the tokens.
 template <class T, class X>
-adamss_status backward(const adamss_backward_args& args) {
-    const adamss_layout& l = args.layout;
-    const Columns columns(l);
+class Gradients {
+    const adamss_backward_args args_;
+    const Columns columns_;
     // Without dx, only the columns that learn matter; they come first.
-    const int64_t rho = args.dx ? columns.count : columns.learning, learning = columns.learning;
-    const int64_t N = l.N, rho_full = l.offsets[l.K], stride_sm = padded_rho<T>(columns);
-    const Coefficients<T> coefficients(l, static_cast<const T*>(args.C), args.r_max, columns);
-    const auto add_dC = for_rho<T>(columns.count, [](auto held) {
-        return coefficient_grad_tile<T, decltype(held)::value>;
-    });
+    const int64_t rho_, learning_, stride_sm_;
+    const Coefficients<T> coefficients_;
     // A row of C costs half a cycle a register and token, as a column of dS does for every register of dy.
-    const bool dS_by_subspace = rho > round_up(args.r_max, Vector<T>::width) * 5 / 4;
-    const bool dC_by_subspace = !fits_registers<T>(columns.count);
-    const CoefficientRows<T> rows(dS_by_subspace || dC_by_subspace ? l : no_rows(l), static_cast<const T*>(args.C),
-                                  args.r_max, columns);
-    const DenseCoefficients<T> Ct(coefficients, dS_by_subspace ? 0 : rho, N);
-    const Columns none(no_rows(l));
-    const Projection<T> projection(args.dx || args.W_updated ? columns : none, static_cast<const T*>(args.B),
-                                   args.A, args.A_is_bfloat16, nullptr, args.R, args.D);
-    if constexpr (std::is_same_v<T, X>)
-        if (args.W_updated) write_W_updated<T>(args, columns, projection);
-    if (!args.dx && !args.dB && !args.dC) return ADAMSS_UPDATE;
+    const bool dS_by_subspace_, dC_by_subspace_;
+    const CoefficientRows<T> rows_;
+    const DenseCoefficients<T> Ct_;
+    const Columns none_;
+    const Projection<T> projection_;
+    const int64_t width_, size_dQ_, size_dC_, size_;
+    const Shares shares_;
+    Buffer<T> partial_;
 
-    const int64_t width = args.P ? args.R : args.D;
-    const int64_t size_dQ = args.dB ? learning * width : 0;
-    const int64_t size_dC = !args.dC         ? 0
-                            : dC_by_subspace ? rows.rows.places * rows.stride
-                                             : coefficients.r_max * coefficients.stride;
-    const int64_t size = size_dQ + learning + size_dC;
-    const Shares shares(args.M, args.D, size);
-    Buffer<T> partial(shares.count * size, UNINITIALISED);
+    const T* C() const { return static_cast<const T*>(args_.C); }
+    const adamss_layout& layout() const { return args_.layout; }
 
-    parallel_blocks(shares.count, [&](int64_t share) {
-        T* const dQ_share = partial.data() + share * size;
-        std::memset(dQ_share, 0, size * sizeof(T));
-        T* const dq_share = dQ_share + size_dQ;
-        T* const dC_share = dq_share + learning;
-        Buffer<T*> dQ(learning);
-        for (int64_t p = 0; p < learning; ++p) dQ[p] = dQ_share + (args.dB ? p * width : 0);
-        Buffer<T> S(DOT_M * stride_sm), dS(BLOCK_M * stride_sm);
+  public:
+    explicit Gradients(const adamss_backward_args& args)
+        : args_(args),
+          columns_(args.layout),
+          rho_(args.dx ? columns_.count : columns_.learning),
+          learning_(columns_.learning),
+          stride_sm_(padded_rho<T>(columns_)),
+          coefficients_(args.layout, C(), args.r_max, columns_),
+          dS_by_subspace_(rho_ > round_up(args.r_max, Vector<T>::width) * 5 / 4),
+          dC_by_subspace_(!fits_registers<T>(columns_.count)),
+          rows_(dS_by_subspace_ || dC_by_subspace_ ? args.layout : no_rows(args.layout), C(), args.r_max, columns_),
+          Ct_(coefficients_, dS_by_subspace_ ? 0 : rho_, args.layout.N),
+          none_(no_rows(args.layout)),
+          projection_(args.dx || args.W_updated ? columns_ : none_, static_cast<const T*>(args.B), args.A,
+                      args.A_is_bfloat16, nullptr, args.R, args.D),
+          width_(args.P ? args.R : args.D),
+          size_dQ_(args.dB ? learning_ * width_ : 0),
+          size_dC_(!args.dC          ? 0
+                   : dC_by_subspace_ ? rows_.rows.places * rows_.stride
+                                     : coefficients_.r_max * coefficients_.stride),
+          size_(size_dQ_ + learning_ + size_dC_),
+          shares_(args.M, args.D, size_),
+          partial_(shares_.count * size_, UNINITIALISED) {}
+
+    const Columns& columns() const { return columns_; }
+    const Projection<T>& projection() const { return projection_; }
+    int64_t shares() const { return shares_.count; }
+
+    void share(int64_t share) {
+        const Tokens tokens = {args_.tokens};
+        const int64_t N = layout().N, rho_full = layout().offsets[layout().K];
+        const auto add_dC = for_rho<T>(columns_.count, [](auto held) {
+            return coefficient_grad_tile<T, decltype(held)::value>;
+        });
+        const X *const all_dy = static_cast<const X*>(args_.dy), *const all_x = static_cast<const X*>(args_.x);
+        T* const dQ_share = partial_.data() + share * size_;
+        std::memset(dQ_share, 0, size_ * sizeof(T));
+        T* const dq_share = dQ_share + size_dQ_;
+        T* const dC_share = dq_share + learning_;
+        Buffer<T*> dQ(learning_);
+        for (int64_t p = 0; p < learning_; ++p) dQ[p] = dQ_share + (args_.dB ? p * width_ : 0);
+        Buffer<T> S(DOT_M * stride_sm_), dS(BLOCK_M * stride_sm_);
         Rows<T, X> dy, x;
 
-        const int64_t end = smaller(args.M, (share + 1) * shares.tokens);
-        for (int64_t begin = share * shares.tokens; begin < end; begin += BLOCK_M) {
+        const int64_t end = smaller(args_.M, (share + 1) * shares_.tokens);
+        for (int64_t begin = share * shares_.tokens; begin < end; begin += BLOCK_M) {
             const int64_t M = smaller(BLOCK_M, end - begin);
-            for (int64_t m = 0; m < M; m += DOT_M) {
-                const int64_t tokens = smaller(DOT_M, M - m);
-                dy.take(static_cast<const X*>(args.dy) + (begin + m) * args.stride_dym, args.stride_dym, tokens, DOT_M,
-                        N);
-                Prefetch ahead(dS_by_subspace ? l.K : dot_tiles<T>(N, larger(rho, 1)));
-                ahead.add(static_cast<const X*>(args.dy) + (begin + m + DOT_M) * args.stride_dym, args.stride_dym,
-                          smaller(DOT_M, args.M - begin - m - DOT_M));
-                if (args.dB && !args.P)
-                    ahead.add(static_cast<const X*>(args.x) + (begin + m) * args.stride_xm, args.stride_xm, tokens);
-                if (args.dx) ahead.add(static_cast<const X*>(args.dx) + (begin + m) * args.D, args.D, tokens);
-                if (dS_by_subspace)
-                    dot_by_subspace<T>(dy.p, dy.stride, rows, rho, dS.data() + m * stride_sm, stride_sm, ahead);
+            for (int64_t m = begin; m < begin + M; m += DOT_M) {
+                const int64_t count = smaller(DOT_M, begin + M - m), after = m + DOT_M;
+                T* const dS_m = dS.data() + (m - begin) * stride_sm_;
+                dy.take(all_dy, args_.stride_dym, tokens, m, count, DOT_M, N);
+                Prefetch ahead(dS_by_subspace_ ? layout().K : dot_tiles<T>(N, larger(rho_, 1)));
+                if (after < args_.M)
+                    ahead.add(all_dy + tokens[after] * args_.stride_dym, args_.stride_dym,
+                              smaller(DOT_M, args_.M - after));
+                const int64_t together = tokens.are_together(m, count) ? count : 1;
+                if (args_.dB && !args_.P) ahead.add(all_x + tokens[m] * args_.stride_xm, args_.stride_xm, together);
+                if (args_.dx) ahead.add(static_cast<const X*>(args_.dx) + tokens[m] * args_.D, args_.D, together);
+                if (dS_by_subspace_)
+                    dot_by_subspace<T>(dy.p, dy.stride, rows_, rho_, dS_m, stride_sm_, ahead);
                 else
-                    dot_block<T>(N, dy.p, dy.stride, rho, Ct.rows.data(), nullptr, dS.data() + m * stride_sm,
-                                 stride_sm, ahead);
-                if (!args.dC || !learning) continue;
+                    dot_block<T>(N, dy.p, dy.stride, rho_, Ct_.rows.data(), nullptr, dS_m, stride_sm_, ahead);
+                if (!args_.dC || !learning_) continue;
                 for (int64_t i = 0; i < DOT_M; ++i) {
                     // A token that only pads the tile must not count.
-                    const T* const from = static_cast<const T*>(args.S) + (begin + m + i) * rho_full;
-                    for (int64_t p = 0; p < columns.count; ++p)
-                        S[i * stride_sm + p] = i < tokens ? from[columns.column[p]] : T(0);
+                    const T* const from = static_cast<const T*>(args_.S) + (i < count ? tokens[m + i] * rho_full : 0);
+                    for (int64_t p = 0; p < columns_.count; ++p)
+                        S[i * stride_sm_ + p] = i < count ? from[columns_.column[p]] : T(0);
                 }
-                if (dC_by_subspace)
-                    coefficient_grad_by_subspace<T>(dy.p, dy.stride, S.data(), stride_sm, rows, learning, dC_share);
-                for (int64_t tile = 0; tile < tokens && !dC_by_subspace; tile += TILE_M) {
+                if (dC_by_subspace_)
+                    coefficient_grad_by_subspace<T>(dy.p, dy.stride, S.data(), stride_sm_, rows_, learning_, dC_share);
+                for (int64_t tile = 0; tile < count && !dC_by_subspace_; tile += TILE_M) {
                     const T* dy_tile[TILE_M];
                     for (int64_t i = 0; i < TILE_M; ++i) dy_tile[i] = dy.p + (tile + i) * dy.stride;
-                    add_dC(N, dy_tile, S.data() + tile * stride_sm, stride_sm, coefficients, dC_share);
+                    add_dC(N, dy_tile, S.data() + tile * stride_sm_, stride_sm_, coefficients_, dC_share);
                 }
             }
-            if (args.dB && learning) {
-                if (args.P)
-                    x.take(static_cast<const X*>(args.P) + begin * args.stride_pm, args.stride_pm, M, M, args.R);
+            if (args_.dB && learning_) {
+                if (args_.P)
+                    x.take(static_cast<const X*>(args_.P), args_.stride_pm, tokens, begin, M, M, args_.R);
                 else
-                    x.take(static_cast<const X*>(args.x) + begin * args.stride_xm, args.stride_xm, M, M, args.D);
-                outer_block<T>(M, width, x.p, x.stride, learning, dS.data(), stride_sm, dQ.data());
+                    x.take(all_x, args_.stride_xm, tokens, begin, M, M, args_.D);
+                outer_block<T>(M, width_, x.p, x.stride, learning_, dS.data(), stride_sm_, dQ.data());
                 for (int64_t m = 0; m < M; ++m)
-                    for (int64_t p = 0; p < learning; ++p) dq_share[p] += dS[m * stride_sm + p];
+                    for (int64_t p = 0; p < learning_; ++p) dq_share[p] += dS[m * stride_sm_ + p];
             }
-            if (args.dx)
-                product_block<T, X>(M, args.D, rho, dS.data(), stride_sm, projection.Q.data(),
-                                    static_cast<X*>(args.dx) + begin * args.D, args.D);
+            // Rows of dx that follow one another are written together.
+            for (int64_t m = 0, together; args_.dx && m < M; m += together) {
+                for (together = 1; m + together < M && tokens.are_together(begin + m, together + 1);) ++together;
+                product_block<T, X>(together, args_.D, rho_, dS.data() + m * stride_sm_, stride_sm_,
+                                    projection_.Q.data(), static_cast<X*>(args_.dx) + tokens[begin + m] * args_.D,
+                                    args_.D);
+            }
         }
-    });
+    }
 
-    add_shares(partial, shares.count, size);
-    if (args.dB) write_dB(args, columns, partial.data(), width, partial.data() + size_dQ);
-    if (args.dC) {
-        const T* const dC = partial.data() + size_dQ + learning;
-        write_dC<T>(args, columns, [&](int64_t i, int64_t j) {
-            return dC_by_subspace ? dC[rows.rows.place[i] * rows.stride + j] : dC[j * coefficients.stride + i];
+    void write() {
+        add_shares(partial_, shares_.count, size_);
+        if (args_.dB) write_dB(args_, columns_, partial_.data(), width_, partial_.data() + size_dQ_);
+        if (!args_.dC) return;
+        const T* const dC = partial_.data() + size_dQ_ + learning_;
+        write_dC<T>(args_, columns_, [&](int64_t i, int64_t j) {
+            return dC_by_subspace_ ? dC[rows_.rows.place[i] * rows_.stride + j] : dC[j * coefficients_.stride + i];
         });
     }
+};
+
+template <class T, class X>
+adamss_status backward(const adamss_backward_args& args) {
+    Gradients<T, X> gradients(args);
+    if constexpr (std::is_same_v<T, X>)
+        if (args.W_updated) write_W_updated<T>(args, gradients.columns(), gradients.projection());
+    if (!args.dx && !args.dB && !args.dC) return ADAMSS_UPDATE;
+    parallel_blocks(gradients.shares(), [&](int64_t share) { gradients.share(share); });
+    gradients.write();
     return ADAMSS_UPDATE;
 }
 

@@ -90,4 +90,12 @@ int32_t adamss_cpu_forward(const adamss_forward_args* args) {
 int32_t adamss_cpu_backward(const adamss_backward_args* args) {
     return adamss::guarded([&] { return adamss::chosen->backward(*args); });
 }
+
+int32_t adamss_cpu_grouped_forward(const adamss_forward_args* args, const adamss_groups* groups) {
+    return adamss::guarded([&] { return adamss::chosen->grouped_forward(*args, *groups); });
+}
+
+int32_t adamss_cpu_grouped_backward(const adamss_backward_args* args, const adamss_groups* groups) {
+    return adamss::guarded([&] { return adamss::chosen->grouped_backward(*args, *groups); });
+}
 }

@@ -13,6 +13,8 @@ struct Kernels {
     const char* isa;
     adamss_status (*forward)(const adamss_forward_args&);
     adamss_status (*backward)(const adamss_backward_args&);
+    adamss_status (*grouped_forward)(const adamss_forward_args&, const adamss_groups&);
+    adamss_status (*grouped_backward)(const adamss_backward_args&, const adamss_groups&);
 };
 
 }  // namespace adamss

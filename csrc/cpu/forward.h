@@ -5,26 +5,27 @@
 
 namespace ADAMSS_ISA {
 
-// y[m] = bias + sum_j S[m, index[j]] value[j] for TILE_M tokens.
-template <class T, class X, int Registers>
-void update_tile(int64_t N, const T* S, int64_t stride_sm, const Coefficients<T>& c, const T* bias,
-                 X* const y[TILE_M]) {
+// y[m] = bias + sum_j S[m, index[j]] value[j] for ROWS tokens.
+template <class T, class X, int Registers, int ROWS>
+void update_tile(int64_t N, const T* S, int64_t stride_sm, const Coefficients<T>& c, const T* bias, X* const* y) {
     constexpr int W = Vector<T>::width;
     using Held = Row<T, Registers>;
-    const Held held[TILE_M] = {Held(S), Held(S + stride_sm), Held(S + 2 * stride_sm), Held(S + 3 * stride_sm)};
-    const int64_t whole = N / W * W;
+    const int64_t whole = N / W * W, last = ROWS - 1;
+    const Held held[] = {Held(S), Held(S + smaller(1, last) * stride_sm), Held(S + smaller(2, last) * stride_sm),
+                         Held(S + last * stride_sm)};
+    static_assert(ROWS == 1 || ROWS == 4, "as many as are held");
     for (int64_t i = 0; i < whole; i += W) {
-        vec<T> total[TILE_M];
-        ADAMSS_UNROLL for (int m = 0; m < TILE_M; ++m) total[m] = load(bias + i);
+        vec<T> total[ROWS];
+        ADAMSS_UNROLL for (int m = 0; m < ROWS; ++m) total[m] = load(bias + i);
         for (int64_t j = 0; j < c.r_max; ++j) {
             const vec<T> value = load(c.value.data() + j * c.stride + i);
-            const int32_t* index = c.index.data() + j * c.stride + i;
-            ADAMSS_UNROLL for (int m = 0; m < TILE_M; ++m) total[m] += held[m][index] * value;
+            const int32_t* index = c.index + j * c.stride + i;
+            ADAMSS_UNROLL for (int m = 0; m < ROWS; ++m) total[m] += held[m][index] * value;
         }
-        ADAMSS_UNROLL for (int m = 0; m < TILE_M; ++m) store_as(y[m] + i, total[m]);
+        ADAMSS_UNROLL for (int m = 0; m < ROWS; ++m) store_as(y[m] + i, total[m]);
     }
     for (int64_t i = whole; i < N; ++i)
-        for (int m = 0; m < TILE_M; ++m) {
+        for (int m = 0; m < ROWS; ++m) {
             T total = bias[i];
             for (int64_t j = 0; j < c.r_max; ++j)
                 total += S[m * stride_sm + c.index[j * c.stride + i]] * c.value[j * c.stride + i];
@@ -77,60 +78,96 @@ void update_sorted(int64_t N, const T* S, int64_t stride_sm, const SortedCoeffic
     }
 }
 
-// S as the caller wants it: rows of all RHO columns, zero where pruned.
+// A row of S as the caller wants it: all RHO columns, zero where pruned.
 template <class T>
-void write_S(const Columns& columns, const T* S, int64_t stride_sm, int64_t M, int64_t rho_full, T* out) {
-    if (columns.count < rho_full) std::memset(out, 0, M * rho_full * sizeof(T));
+void write_S(const Columns& columns, const T* S, int64_t rho_full, T* out) {
     if (columns.is_all) {
-        for (int64_t m = 0; m < M; ++m) std::memcpy(out + m * rho_full, S + m * stride_sm, rho_full * sizeof(T));
+        std::memcpy(out, S, rho_full * sizeof(T));
         return;
     }
-    for (int64_t m = 0; m < M; ++m)
-        for (int64_t p = 0; p < columns.count; ++p) out[m * rho_full + columns.column[p]] = S[m * stride_sm + p];
+    std::memset(out, 0, rho_full * sizeof(T));
+    for (int64_t p = 0; p < columns.count; ++p) out[columns.column[p]] = S[p];
 }
+
+// The update of M tokens by one adapter, block by block of BLOCK_M.
+template <class T, class X>
+class Update {
+    const adamss_forward_args args_;
+    const Columns columns_;
+    const int64_t rho_, stride_sm_;
+    const bool is_sorted_;  // which few tokens do not pay for
+    const Coefficients<T> coefficients_;
+    // From P, Q = B and q = 0.
+    const Projection<T> projection_;
+    const SortedCoefficients<T> sorted_;
+    Buffer<T> bias_;
+
+    const T* C() const { return static_cast<const T*>(args_.C); }
+    const adamss_layout& layout() const { return args_.layout; }
+    int64_t width() const { return args_.P ? args_.R : args_.D; }
+
+  public:
+    // `all` is the index of another adapter with the same layout, all of whose subspaces are active.
+    explicit Update(const adamss_forward_args& args, const ColumnIndex* all = nullptr)
+        : args_(args),
+          columns_(args.layout),
+          rho_(columns_.count),
+          stride_sm_(padded_rho<T>(columns_)),
+          is_sorted_(!fits_registers<T>(rho_) && args.M >= DOT_M),
+          coefficients_(is_sorted_ ? no_rows(args.layout) : args.layout, C(), args.r_max, columns_,
+                        columns_.is_all && !is_sorted_ ? all : nullptr),
+          projection_(columns_, static_cast<const T*>(args.B), args.P ? nullptr : args.A, args.A_is_bfloat16,
+                      static_cast<const T*>(args.a), args.R, width()),
+          sorted_(is_sorted_ ? args.layout : no_rows(args.layout), C(), args.r_max, columns_),
+          bias_(round_up(args.layout.N, Vector<T>::width)) {
+        if (args.bias) to_arithmetic(static_cast<const X*>(args.bias), bias_.data(), args.layout.N);
+    }
+
+    int64_t blocks() const { return (args_.M + BLOCK_M - 1) / BLOCK_M; }
+
+    void block(int64_t block) const {
+        const Tokens tokens = {args_.tokens};
+        const int64_t N = layout().N, D = width(), rho_full = layout().offsets[layout().K];
+        const int64_t begin = block * BLOCK_M, end = smaller(args_.M, begin + BLOCK_M);
+        const X* const source = static_cast<const X*>(args_.P ? args_.P : args_.x);
+        const int64_t stride = args_.P ? args_.stride_pm : args_.stride_xm;
+        X* const all_y = static_cast<X*>(args_.y);
+        const auto update = for_rho<T>(rho_, [](auto held) { return update_tile<T, X, decltype(held)::value, TILE_M>; });
+        const auto update_one = for_rho<T>(rho_, [](auto held) { return update_tile<T, X, decltype(held)::value, 1>; });
+        Rows<T, X> x;
+        Buffer<T> S(DOT_M * stride_sm_), sorted_y(is_sorted_ ? DOT_M * sorted_.stride : 0);
+        for (int64_t m = begin; m < end; m += DOT_M) {
+            const int64_t count = smaller(DOT_M, end - m), after = m + DOT_M;
+            x.take(source, stride, tokens, m, count, DOT_M, D);
+            Prefetch ahead(dot_tiles<T>(D, larger(rho_, 1)));
+            if (after < args_.M)
+                ahead.add(source + tokens[after] * stride, stride, smaller(DOT_M, args_.M - after));
+            ahead.add(all_y + tokens[m] * N, N, tokens.are_together(m, count) ? count : 1);
+            dot_block<T>(D, x.p, x.stride, rho_, projection_.Q.data(), projection_.q.data(), S.data(), stride_sm_,
+                         ahead);
+            for (int64_t i = 0; args_.S && i < count; ++i)
+                write_S(columns_, S.data() + i * stride_sm_, rho_full,
+                        static_cast<T*>(args_.S) + tokens[m + i] * rho_full);
+            X* y[DOT_M];
+            // Rows that pad the last of several tiles are copies of its last real row and write the same values there.
+            for (int64_t i = 0; i < DOT_M; ++i) y[i] = all_y + tokens[m + smaller(i, count - 1)] * N;
+            if (is_sorted_) {
+                update_sorted<T, X>(N, S.data(), stride_sm_, sorted_, bias_.data(), sorted_y.data(), y);
+                continue;
+            }
+            int64_t i = 0;
+            for (; i + TILE_M <= count; i += TILE_M)
+                update(N, S.data() + i * stride_sm_, stride_sm_, coefficients_, bias_.data(), y + i);
+            for (; i < count; ++i)
+                update_one(N, S.data() + i * stride_sm_, stride_sm_, coefficients_, bias_.data(), y + i);
+        }
+    }
+};
 
 template <class T, class X>
 adamss_status forward(const adamss_forward_args& args) {
-    const adamss_layout& l = args.layout;
-    const Columns columns(l);
-    const int64_t rho = columns.count, rho_full = l.offsets[l.K], stride_sm = padded_rho<T>(columns);
-    const Coefficients<T> coefficients(l, static_cast<const T*>(args.C), args.r_max, columns);
-    // From P, Q = B and q = 0.
-    const X* const source = static_cast<const X*>(args.P ? args.P : args.x);
-    const int64_t stride = args.P ? args.stride_pm : args.stride_xm, D = args.P ? args.R : args.D;
-    const Projection<T> projection(columns, static_cast<const T*>(args.B), args.P ? nullptr : args.A,
-                                   args.A_is_bfloat16, static_cast<const T*>(args.a), args.R, D);
-    Buffer<T> bias(coefficients.stride);
-    if (args.bias) to_arithmetic(static_cast<const X*>(args.bias), bias.data(), l.N);
-    const auto update = for_rho<T>(rho, [](auto held) { return update_tile<T, X, decltype(held)::value>; });
-
-    const bool is_sorted = !fits_registers<T>(rho);
-    const SortedCoefficients<T> sorted(is_sorted ? l : no_rows(l), static_cast<const T*>(args.C), args.r_max, columns);
-
-    parallel_blocks((args.M + BLOCK_M - 1) / BLOCK_M, [&](int64_t block) {
-        const int64_t begin = block * BLOCK_M, M = smaller(BLOCK_M, args.M - begin);
-        Rows<T, X> x;
-        Buffer<T> S(DOT_M * stride_sm), sorted_y(is_sorted ? DOT_M * sorted.stride : 0);
-        for (int64_t m = begin; m < begin + M; m += DOT_M) {
-            const int64_t tokens = smaller(DOT_M, begin + M - m);
-            x.take(source + m * stride, stride, tokens, DOT_M, D);
-            Prefetch ahead(dot_tiles<T>(D, larger(rho, 1)));
-            ahead.add(source + (m + DOT_M) * stride, stride, smaller(DOT_M, args.M - m - DOT_M));
-            ahead.add(static_cast<const X*>(args.y) + m * l.N, l.N, tokens);
-            dot_block<T>(D, x.p, x.stride, rho, projection.Q.data(), projection.q.data(), S.data(), stride_sm,
-                         ahead);
-            if (args.S)
-                write_S(columns, S.data(), stride_sm, tokens, rho_full, static_cast<T*>(args.S) + m * rho_full);
-            // Rows that pad the last tile are copies of its last real row and write the same values there.
-            X* y[DOT_M];
-            for (int64_t i = 0; i < DOT_M; ++i)
-                y[i] = static_cast<X*>(args.y) + (m + smaller(i, tokens - 1)) * l.N;
-            if (is_sorted)
-                update_sorted<T, X>(l.N, S.data(), stride_sm, sorted, bias.data(), sorted_y.data(), y);
-            for (int64_t tile = 0; tile < tokens && !is_sorted; tile += TILE_M)
-                update(l.N, S.data() + tile * stride_sm, stride_sm, coefficients, bias.data(), y + tile);
-        }
-    });
+    const Update<T, X> update(args);
+    parallel_blocks(update.blocks(), [&](int64_t block) { update.block(block); });
     return ADAMSS_UPDATE;
 }
 

@@ -42,6 +42,7 @@ struct adamss_forward_args {
     void* S;  // (M, RHO), or null where not wanted; columns of pruned subspaces are zero
     void* y;  // (M, N), dtype of x
     adamss_layout layout;
+    const int64_t* tokens;  // (M,), ascending: the rows of x, P, S and y that are meant; null for the first M
 };
 
 // dS = dy C, dC = dy^T S at the places of C, dB = (dS^T x) A^T + (sum_m dS) a^T or dS^T P, dx = dS Q, where the base
@@ -69,6 +70,17 @@ struct adamss_backward_args {
     void* dB;  // (RHO, R)
     void* dC;  // (N, r_max)
     adamss_layout layout;
+    const int64_t* tokens;  // (M,), ascending: the rows of dy, x, P, S and dx that are meant; null for the first M
+};
+
+// Tokens by adapter: those of group g are tokens[starts[g]] to tokens[starts[g + 1]], ascending; those from
+// starts[count] on take none. With groups, B is (slots, RHO, R), C (slots, N, r_max) and a mask (slots, K), of which
+// group g takes slots[g]; dB and dC have one for each group.
+struct adamss_groups {
+    int64_t count;
+    const int64_t* tokens;  // (M,)
+    const int64_t* slots;   // (count,)
+    const int64_t* starts;  // (count + 1,)
 };
 
 // torch's `torch_parallel_for`: threads are torch's, in number and in person. 0 is success.
@@ -86,8 +98,11 @@ const char* adamss_cpu_isas();
 enum adamss_status : int32_t { ADAMSS_UPDATE = 0, ADAMSS_WHOLE = 1, ADAMSS_NO_MEMORY = 2 };
 int32_t adamss_cpu_forward(const adamss_forward_args*);
 int32_t adamss_cpu_backward(const adamss_backward_args*);
+// The same with another adapter for each group of tokens; they always leave the base product to the caller.
+int32_t adamss_cpu_grouped_forward(const adamss_forward_args*, const adamss_groups*);
+int32_t adamss_cpu_grouped_backward(const adamss_backward_args*, const adamss_groups*);
 
-// Gives torch's operators `cpu_forward` and `cpu_backward` of adamss_kernels their CPU kernels. `libtorch` is the
+// Gives torch's operators `cpu_forward`, `cpu_backward` and their grouped namesakes their CPU kernels. `libtorch` is the
 // path of the loaded library. Returns null, or the name of what that torch lacks.
 const char* adamss_cpu_register(const char* libtorch);
 }

@@ -1,6 +1,7 @@
 // Compiled once per instruction set, with ADAMSS_ISA its name: picks the kernel for a dtype.
 #include "backward.h"
 #include "forward.h"
+#include "grouped.h"
 
 namespace ADAMSS_ISA {
 
@@ -19,7 +20,20 @@ static adamss_status backward_any(const adamss_backward_args& a) {
     return backward<float, bfloat16>(a);
 }
 
+static adamss_status grouped_forward_any(const adamss_forward_args& a, const adamss_groups& groups) {
+    if (a.dtype == ADAMSS_FLOAT32) return grouped_forward<float, float>(a, groups);
+    if (a.dtype == ADAMSS_FLOAT64) return grouped_forward<double, double>(a, groups);
+    return grouped_forward<float, bfloat16>(a, groups);
+}
+
+static adamss_status grouped_backward_any(const adamss_backward_args& a, const adamss_groups& groups) {
+    if (a.dtype == ADAMSS_FLOAT32) return grouped_backward<float, float>(a, groups);
+    if (a.dtype == ADAMSS_FLOAT64) return grouped_backward<double, double>(a, groups);
+    return grouped_backward<float, bfloat16>(a, groups);
+}
+
 extern const adamss::Kernels kernels;
-const adamss::Kernels kernels = {ADAMSS_STRING(ADAMSS_ISA), forward_any, backward_any};
+const adamss::Kernels kernels = {ADAMSS_STRING(ADAMSS_ISA), forward_any, backward_any, grouped_forward_any,
+                                 grouped_backward_any};
 
 }  // namespace ADAMSS_ISA

@@ -54,6 +54,15 @@ void parallel_blocks(int64_t blocks, const F& f) {
     if (adamss::parallel_for(0, blocks, 1, task, const_cast<F*>(&f)) != 0) throw std::bad_alloc();
 }
 
+// The rows of x, y and what else runs over tokens that a kernel works on: ascending, or simply the first ones.
+struct Tokens {
+    const int64_t* index;  // null: token m is row m
+
+    int64_t operator[](int64_t m) const { return index ? index[m] : m; }
+    // Whether the rows from token m on, M of them, follow one another.
+    bool are_together(int64_t m, int64_t M) const { return !index || index[m + M - 1] - index[m] == M - 1; }
+};
+
 // Rows of x in arithmetic type: x itself where storage and arithmetic agree, else a converted copy.
 template <class T, class X>
 struct Rows {
@@ -61,17 +70,18 @@ struct Rows {
     const T* p = nullptr;
     int64_t stride = 0;
 
-    // Padding repeats the last row, so that whole tiles can be read.
-    void take(const X* x, int64_t stride_xm, int64_t M, int64_t padded, int64_t width) {
+    // M tokens from `begin` on. Padding repeats the last row, so that whole tiles can be read.
+    void take(const X* x, int64_t stride_xm, const Tokens& tokens, int64_t begin, int64_t M, int64_t padded,
+              int64_t width) {
         if constexpr (std::is_same_v<T, X>) {
-            if (M == padded) {
-                p = x, stride = stride_xm;
+            if (M == padded && tokens.are_together(begin, M)) {
+                p = x + tokens[begin] * stride_xm, stride = stride_xm;
                 return;
             }
         }
         copy.resize(padded * width);
         for (int64_t m = 0; m < padded; ++m)
-            to_arithmetic(x + smaller(m, M - 1) * stride_xm, copy.data() + m * width, width);
+            to_arithmetic(x + tokens[begin + smaller(m, M - 1)] * stride_xm, copy.data() + m * width, width);
         p = copy.data(), stride = width;
     }
 };
@@ -94,26 +104,50 @@ struct BasisRows {
     }
 };
 
-// C and the compact columns that it multiplies, transposed to run along N; rows of pruned subspaces get zero.
-template <class T>
-struct Coefficients {
+// The compact column that each entry of C multiplies, columns of C running along N; 0 where there is none.
+struct ColumnIndex {
     int64_t r_max = 0, stride;
-    Buffer<T> value;        // (r_max, stride)
+    bool is_full = true;    // every entry of C counts
     Buffer<int32_t> index;  // (r_max, stride)
 
-    Coefficients(const adamss_layout& l, const T* C, int64_t stride_c, const Columns& columns)
-        : stride(round_up(l.N, Vector<T>::width)) {
+    ColumnIndex(const adamss_layout& l, const Columns& columns, int64_t width) : stride(round_up(l.N, width)) {
         for (int64_t k = 0; k < l.K; ++k)
             if (columns.start[k] >= 0) r_max = larger(r_max, l.offsets[k + 1] - l.offsets[k]);
-        value.resize(r_max * stride);
         index.resize(r_max * stride);
         for (int64_t i = 0; i < l.N; ++i) {
             const int32_t k = l.row_subspace[i];
-            if (columns.start[k] < 0) continue;
-            for (int32_t j = 0; j < l.offsets[k + 1] - l.offsets[k]; ++j) {
+            const int32_t r = columns.start[k] < 0 ? 0 : l.offsets[k + 1] - l.offsets[k];
+            for (int32_t j = 0; j < r; ++j) index[j * stride + i] = columns.start[k] + j;
+            is_full = is_full && r == r_max;
+        }
+    }
+};
+
+// C transposed to run along N, zero where no column is multiplied, beside the columns' index: another adapter's where
+// that is the same.
+template <class T>
+struct Coefficients {
+    const ColumnIndex own;
+    const int32_t* index;  // (r_max, stride)
+    int64_t r_max, stride;
+    Buffer<T> value;  // (r_max, stride)
+
+    Coefficients(const adamss_layout& l, const T* C, int64_t stride_c, const Columns& columns,
+                 const ColumnIndex* shared = nullptr)
+        : own(shared ? no_rows(l) : l, columns, Vector<T>::width),
+          index((shared ? shared : &own)->index.data()),
+          r_max((shared ? shared : &own)->r_max),
+          stride((shared ? shared : &own)->stride),
+          value(r_max * stride) {
+        if ((shared ? shared : &own)->is_full) {
+            for (int64_t j = 0; j < r_max; ++j)
+                for (int64_t i = 0; i < l.N; ++i) value[j * stride + i] = C[i * stride_c + j];
+            return;
+        }
+        for (int64_t i = 0; i < l.N; ++i) {
+            const int32_t k = l.row_subspace[i];
+            for (int32_t j = 0; columns.start[k] >= 0 && j < l.offsets[k + 1] - l.offsets[k]; ++j)
                 value[j * stride + i] = C[i * stride_c + j];
-                index[j * stride + i] = columns.start[k] + j;
-            }
         }
     }
 };

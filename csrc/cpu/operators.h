@@ -7,5 +7,7 @@ namespace adamss::torch {
 
 void forward(Value* stack, uint64_t inputs, uint64_t outputs);
 void backward(Value* stack, uint64_t inputs, uint64_t outputs);
+void grouped_forward(Value* stack, uint64_t inputs, uint64_t outputs);
+void grouped_backward(Value* stack, uint64_t inputs, uint64_t outputs);
 
 }  // namespace adamss::torch

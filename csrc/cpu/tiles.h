@@ -55,21 +55,21 @@ void outer_tile(int64_t M, const T* x, int64_t stride_xm, const T* dS, int64_t s
         for (int v = 0; v < V; ++v) store(dQ[p] + d + v * W, load(dQ[p] + d + v * W) + total[p][v]);
 }
 
-// dx[m, d] = sum_p dS[m, p] Q[p, d] for TILE_M rows of dx and V registers of columns, along RHO.
-template <class T, class X, int V>
+// dx[m, d] = sum_p dS[m, p] Q[p, d] for M rows of dx and V registers of columns, along RHO.
+template <class T, class X, int V, int M = TILE_M>
 void product_tile(int64_t rho, const T* dS, int64_t stride_sm, const T* const* Q, int64_t d, X* dx,
                   int64_t stride_dxm) {
     constexpr int W = Vector<T>::width;
-    vec<T> total[TILE_M][V] = {};
+    vec<T> total[M][V] = {};
     for (int64_t p = 0; p < rho; ++p) {
         vec<T> Q_p[V];
         for (int v = 0; v < V; ++v) Q_p[v] = load(Q[p] + d + v * W);
-        for (int m = 0; m < TILE_M; ++m) {
+        for (int m = 0; m < M; ++m) {
             const T s = dS[m * stride_sm + p];
             for (int v = 0; v < V; ++v) total[m][v] += Q_p[v] * s;
         }
     }
-    for (int m = 0; m < TILE_M; ++m)
+    for (int m = 0; m < M; ++m)
         for (int v = 0; v < V; ++v) store_as(dx + m * stride_dxm + d + v * W, total[m][v]);
 }
 
@@ -191,8 +191,15 @@ void product_block(int64_t M, int64_t D, int64_t rho, const T* dS, int64_t strid
             for (int64_t m = begin; m < end; m += TILE_M)
                 product_tile<T, X, 1>(rho, dS + m * stride_sm, stride_sm, Q, d, dx + m * stride_dxm, stride_dxm);
     }
+    for (int64_t m = whole_M; m < M; ++m) {
+        int64_t d = 0;
+        for (; d + TILE_V * W <= D; d += TILE_V * W)
+            product_tile<T, X, TILE_V, 1>(rho, dS + m * stride_sm, stride_sm, Q, d, dx + m * stride_dxm, stride_dxm);
+        for (; d < whole_D; d += W)
+            product_tile<T, X, 1, 1>(rho, dS + m * stride_sm, stride_sm, Q, d, dx + m * stride_dxm, stride_dxm);
+    }
     for (int64_t m = 0; m < M; ++m)
-        for (int64_t e = m < whole_M ? whole_D : 0; e < D; ++e) {
+        for (int64_t e = whole_D; e < D; ++e) {
             T total = 0;
             for (int64_t p = 0; p < rho; ++p) total += dS[m * stride_sm + p] * Q[p][e];
             store_as(dx + m * stride_dxm + e, total);

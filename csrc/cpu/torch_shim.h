@@ -142,11 +142,24 @@ inline Tensor of_memory(void* memory, int32_t dtype, int64_t rows, int64_t colum
     return Tensor(made);
 }
 
-// A view of a matrix.
-inline Tensor transposed(const Tensor& t) {
-    const int64_t sizes[] = {t.size(1), t.size(0)}, strides[] = {t.stride(1), t.stride(0)};
+// A matrix in the memory of `t`, `offset` elements from its first one on.
+inline Tensor view(const Tensor& t, int64_t offset, int64_t rows, int64_t columns, int64_t stride, int64_t step) {
+    const int64_t sizes[] = {rows, columns}, strides[] = {stride, step};
     Handle made;
-    check(shim.aoti_torch__reinterpret_tensor(t.get(), 2, sizes, strides, 0, &made), "transpose");
+    check(shim.aoti_torch__reinterpret_tensor(t.get(), 2, sizes, strides, offset, &made), "view");
+    return Tensor(made);
+}
+
+// Views of a matrix: as it is, and transposed.
+inline Tensor view(const Tensor& t) { return view(t, 0, t.size(0), t.size(1), t.stride(0), t.stride(1)); }
+inline Tensor transposed(const Tensor& t) { return view(t, 0, t.size(1), t.size(0), t.stride(1), t.stride(0)); }
+
+// A view of a contiguous matrix as `count` matrices of so many rows, one under the other.
+inline Tensor stacked(const Tensor& t, int64_t count, int64_t rows) {
+    const int64_t columns = t.size(1);
+    const int64_t sizes[] = {count, rows, columns}, strides[] = {rows * columns, columns, 1};
+    Handle made;
+    check(shim.aoti_torch__reinterpret_tensor(t.get(), 3, sizes, strides, 0, &made), "stack");
     return Tensor(made);
 }
 

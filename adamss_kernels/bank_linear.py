@@ -1,0 +1,231 @@
+"""The modules that an `AdapterBank` puts into its model, in which each row of a batch takes its own adapter."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .decompose import Decomposition
+from .grouped import grouped_linear
+from .linear import FusedAdaMSSLinear
+from .mixed_batch import current_batch
+from .subspaces import Subspaces
+
+
+class BankLinear(nn.Module):
+    """A frozen linear layer under the AdaMSS updates of many adapters, which share its basis and row map.
+
+    The state dict is the frozen layer's own: adapters are saved by their bank.
+
+    Attributes:
+        weight: W (N, D), frozen, the parameter of the layer it replaces.
+        bias: (N,), frozen, or None.
+        basis, basis_bias, row_subspace, offsets: As in `FusedAdaMSSLinear`.
+        B: (slots, RHO, R), the adapters' B, one in each slot that is taken.
+        C: (slots, N, r_max), likewise.
+        active, trainable: (slots, K) bool masks, likewise.
+        config: That of the adapters.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    basis: Tensor
+    basis_bias: Tensor | None
+    row_subspace: Tensor
+    offsets: Tensor
+    B: Tensor
+    C: Tensor
+    active: Tensor
+    trainable: Tensor
+
+    def __init__(self, layer: FusedAdaMSSLinear, bank: int) -> None:
+        """Take basis, row map and frozen parameters from a layer; there are no adapters yet.
+
+        Args:
+            layer: Shared, not copied.
+            bank: Number of the bank, by which rows find their adapters.
+        """
+        super().__init__()
+        self.out_features, self.in_features = layer.out_features, layer.in_features
+        self.bank, self.config, self.layout = bank, layer.config, layer.layout
+        self.weight = layer.weight
+        self.register_parameter("bias", None)
+        self.bias = layer.bias
+        for name in ("basis", "basis_bias", "row_subspace", "offsets"):
+            self.register_buffer(name, getattr(layer, name), persistent=False)
+        for name in ("B", "C", "active", "trainable"):
+            of_layer = getattr(layer, name).detach()
+            self.register_buffer(name, of_layer.new_empty(0, *of_layer.shape), persistent=False)
+        self._leaves: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+
+    @property
+    def capacity(self) -> int:
+        """How many slots there are."""
+        return self.B.shape[0]
+
+    def grow(self, capacity: int) -> None:
+        """Have at least `capacity` slots; optimizers of the adapters' parameters go on."""
+        if capacity <= self.capacity:
+            return
+        for name in ("B", "C", "active", "trainable"):
+            old = getattr(self, name)
+            grown = old.new_zeros(capacity, *old.shape[1:])
+            grown[: len(old)] = old
+            setattr(self, name, grown)
+        for slot in self._leaves:
+            self._share(slot)
+
+    @torch.no_grad()
+    def put(self, slot: int, layer: FusedAdaMSSLinear) -> None:
+        """Fill a slot with the B, C and masks of `layer`, which has this one's basis and row map."""
+        for name in ("B", "C", "active", "trainable"):
+            getattr(self, name)[slot] = getattr(layer, name)
+        self._leaves[slot] = (nn.Parameter(self.B[slot]), nn.Parameter(self.C[slot]))
+
+    @torch.no_grad()
+    def take(self, slot: int) -> FusedAdaMSSLinear:
+        """Return a layer of its own that computes what rows with this slot get; values are copied."""
+        self.follow(slot)
+        decomposition = Decomposition(
+            self.basis, self.basis_bias, self.layout, self.B[slot].clone(), self.C[slot].clone()
+        )
+        layer = FusedAdaMSSLinear(self.weight, self.bias, decomposition, self.config)
+        layer.set_masks(self.active[slot], self.trainable[slot])
+        return layer.train(self.training)
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot."""
+        del self._leaves[slot]
+        for name in ("B", "C", "active", "trainable"):
+            getattr(self, name)[slot].zero_()
+
+    def leaves(self, slot: int) -> tuple[nn.Parameter, nn.Parameter]:
+        """Return the parameters of a slot's adapter, B (RHO, R) and C (N, r_max), which share the stacks' memory."""
+        return self._leaves[slot]
+
+    @torch.no_grad()
+    def follow(self, slot: int) -> None:
+        """Take over the values of a slot's parameters where they have left the stacks: by `.data`, or after a copy."""
+        for stack, leaf in zip((self.B, self.C), self._leaves[slot], strict=True):
+            if leaf.data_ptr() != stack[slot].data_ptr():
+                stack[slot].copy_(leaf)
+                leaf.data = stack[slot]
+
+    def _share(self, slot: int) -> None:
+        for stack, leaf in zip((self.B, self.C), self._leaves[slot], strict=True):
+            leaf.data = stack[slot]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (batch, ..., D) to y (batch, ..., N); rows without an adapter get what the frozen layer gives."""
+        if torch.compiler.is_compiling():
+            # It runs again for other batches, in which any adapter may have rows.
+            slots = leaf_groups = tuple(self._leaves)
+        else:
+            batch = current_batch(self.bank)
+            if batch is None or not batch.slots:
+                if batch is not None:
+                    batch.repeat(x.shape[0] if x.dim() > 1 else 1)
+                return F.linear(x, self.weight, self.bias)
+            slots, leaf_groups = batch.slots, tuple(range(len(batch.slots)))
+        leaves = [leaf for slot in slots for leaf in self._leaves[slot]] if torch.is_grad_enabled() else []
+        rows = (self.row_subspace, self.offsets, self.active, self.trainable)
+        subspaces = Subspaces(self.basis, self.basis_bias, *rows)
+        operands = (self.weight, self.bias, self.B, self.C, subspaces, leaves, leaf_groups, self.bank)
+        return grouped_linear(x, *operands, self.config.save_for_backward, self.config.backend)
+
+    def plain(self) -> nn.Linear:
+        """Return the frozen layer, with the same parameters."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        own: dict[str, Any] = self._parameters
+        linear.weight, linear.bias = own["weight"], own["bias"]
+        return linear.train(self.training)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> BankLinear:
+        moved = super()._apply(fn, recurse)
+        self.layout = self.layout.with_tensors(self.row_subspace, self.offsets)
+        for slot in self._leaves:
+            self._share(slot)
+        return moved
+
+    def extra_repr(self) -> str:
+        """Summarise the layer for `print(model)`."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"R={self.basis.shape[0]}, K={self.layout.num_subspaces}, adapters={len(self._leaves)}"
+        )
+
+
+class BankHead(nn.Module):
+    """A linear layer that adapters have trained in full, so that each row of a batch takes its own adapter's.
+
+    Attributes:
+        weight: (N, D), of rows without an adapter.
+        bias: (N,) or None.
+        name: Of the module in its model.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, linear: nn.Linear, bank: int, name: str) -> None:
+        """Take the model's own layer, shared, not copied, and the bank's number."""
+        super().__init__()
+        self.bank, self.name = bank, name
+        self.out_features, self.in_features = linear.out_features, linear.in_features
+        self.weight = linear.weight
+        self.register_parameter("bias", None)
+        self.bias = linear.bias
+        self._heads: dict[int, nn.Linear] = {}
+
+    def put(self, slot: int, linear: nn.Linear) -> None:
+        """Let rows with this slot take `linear`."""
+        self._heads[slot] = linear
+
+    def take(self, slot: int) -> nn.Linear:
+        """Return the layer that rows with this slot take."""
+        return self._heads[slot]
+
+    def clear(self, slot: int) -> None:
+        """Forget it."""
+        del self._heads[slot]
+
+    def plain(self) -> nn.Linear:
+        """Return the model's own layer, with the same parameters."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        own: dict[str, Any] = self._parameters
+        linear.weight, linear.bias = own["weight"], own["bias"]
+        return linear.train(self.training)
+
+    # A layer at the end of a model, whose groups differ from batch to batch: nothing is gained by compiling it.
+    @torch.compiler.disable
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (batch, ..., D) to y (batch, ..., N)."""
+        batch = current_batch(self.bank)
+        if batch is None or not batch.slots:
+            return F.linear(x, self.weight, self.bias)
+        rows = x.shape[0] if x.dim() > 1 else 1
+        flat = x.reshape(-1, x.shape[-1])
+        groups = batch.groups(rows, flat.shape[0], x.device)
+        layers: list[nn.Linear | BankHead] = [self._heads[slot] for slot in groups.slots.tolist()]
+        starts = [*groups.starts.tolist(), flat.shape[0]]
+        parts = [
+            F.linear(flat[groups.tokens[begin:end]], layer.weight, layer.bias)
+            for layer, (begin, end) in zip([*layers, self], itertools.pairwise(starts), strict=True)
+        ]
+        in_groups = torch.cat(parts)
+        y = torch.empty_like(in_groups).index_copy(0, groups.tokens, in_groups)
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> BankHead:
+        moved = super()._apply(fn, recurse)
+        for head in self._heads.values():
+            head._apply(fn)
+        return moved
+
+    def extra_repr(self) -> str:
+        """Summarise the layer for `print(model)`."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, adapters={len(self._heads)}"

@@ -1,0 +1,123 @@
+// Forward and backward with another adapter for each group of tokens: all groups' preparations in parallel, then all
+// their blocks, so that neither many small groups nor one large one leave threads idle. Once per instruction set.
+#pragma once
+
+#include "backward.h"
+#include "forward.h"
+
+namespace ADAMSS_ISA {
+
+// What a kernel of one adapter gets to see of the arguments for all.
+template <class T, class Args>
+Args of_group(const Args& args, const adamss_groups& groups, int64_t group) {
+    const adamss_layout& l = args.layout;
+    const int64_t slot = groups.slots[group];
+    Args own = args;
+    own.M = groups.starts[group + 1] - groups.starts[group];
+    own.tokens = groups.tokens + groups.starts[group];
+    own.B = static_cast<const T*>(args.B) + slot * l.offsets[l.K] * args.R;
+    own.C = static_cast<const T*>(args.C) + slot * l.N * args.r_max;
+    if (l.active) own.layout.active = l.active + slot * l.K;
+    if (l.trainable) own.layout.trainable = l.trainable + slot * l.K;
+    return own;
+}
+
+// An object for each group that has tokens, and the blocks of work that they come to.
+template <class Object>
+class ByGroup {
+    struct Block {
+        int64_t group, index;
+    };
+    const adamss_groups& groups_;
+    Buffer<Object*> objects_;
+    Buffer<Block> blocks_;
+    int64_t count_ = 0;
+
+  public:
+    explicit ByGroup(const adamss_groups& groups) : groups_(groups), objects_(groups.count) {}
+    ByGroup(const ByGroup&) = delete;
+    ~ByGroup() {
+        for (Object* object : objects_) delete object;
+    }
+
+    // make(group) makes an object, blocks(object) says how many blocks it has.
+    template <class Make, class Blocks>
+    void make(const Make& make, const Blocks& blocks) {
+        parallel_blocks(groups_.count, [&](int64_t group) {
+            if (groups_.starts[group] < groups_.starts[group + 1]) objects_[group] = make(group);
+        });
+        for (int64_t group = 0; group < groups_.count; ++group)
+            if (objects_[group]) count_ += blocks(*objects_[group]);
+        blocks_.resize(count_);
+        int64_t at = 0;
+        for (int64_t group = 0; group < groups_.count; ++group)
+            for (int64_t i = 0; objects_[group] && i < blocks(*objects_[group]); ++i) blocks_[at++] = {group, i};
+    }
+    // run(object, block)
+    template <class Run>
+    void for_blocks(const Run& run) {
+        parallel_blocks(count_, [&](int64_t i) { run(*objects_[blocks_[i].group], blocks_[i].index); });
+    }
+    // f(group, object), which is null for groups without tokens
+    template <class F>
+    void for_groups(const F& f) {
+        parallel_blocks(groups_.count, [&](int64_t group) { f(group, objects_[group]); });
+    }
+};
+
+// f(token) for those that take no adapter.
+template <class F>
+void for_others(const adamss_groups& groups, int64_t M, const F& f) {
+    for (int64_t i = groups.starts[groups.count]; i < M; ++i) f(groups.tokens[i]);
+}
+
+template <class T, class X>
+adamss_status grouped_forward(const adamss_forward_args& args, const adamss_groups& groups) {
+    const adamss_layout& l = args.layout;
+    const int64_t N = l.N, rho = l.offsets[l.K];
+    const adamss_layout unmasked = {l.N, l.K, l.row_subspace, l.offsets, nullptr, nullptr};
+    const ColumnIndex all(unmasked, Columns(unmasked), Vector<T>::width);
+    ByGroup<Update<T, X>> updates(groups);
+    updates.make([&](int64_t group) { return new Update<T, X>(of_group<T>(args, groups, group), &all); },
+                 [](const Update<T, X>& update) { return update.blocks(); });
+    updates.for_blocks([](const Update<T, X>& update, int64_t block) { update.block(block); });
+    for_others(groups, args.M, [&](int64_t m) {
+        X* const y = static_cast<X*>(args.y) + m * N;
+        if (args.bias)
+            std::memcpy(static_cast<void*>(y), args.bias, N * sizeof(X));
+        else
+            std::memset(static_cast<void*>(y), 0, N * sizeof(X));
+        if (args.S) std::memset(static_cast<T*>(args.S) + m * rho, 0, rho * sizeof(T));
+    });
+    return ADAMSS_UPDATE;
+}
+
+template <class T, class X>
+adamss_status grouped_backward(const adamss_backward_args& args, const adamss_groups& groups) {
+    const adamss_layout& l = args.layout;
+    const int64_t size_B = l.offsets[l.K] * args.R, size_C = l.N * args.r_max;
+    T *const dB = static_cast<T*>(args.dB), *const dC = static_cast<T*>(args.dC);
+    if (!args.dx && !dB && !dC) return ADAMSS_UPDATE;
+    ByGroup<Gradients<T, X>> gradients(groups);
+    gradients.make(
+        [&](int64_t group) {
+            adamss_backward_args own = of_group<T>(args, groups, group);
+            if (dB) own.dB = dB + group * size_B;
+            if (dC) own.dC = dC + group * size_C;
+            return new Gradients<T, X>(own);
+        },
+        [](const Gradients<T, X>& gradients) { return gradients.shares(); });
+    gradients.for_blocks([](Gradients<T, X>& gradients, int64_t share) { gradients.share(share); });
+    gradients.for_groups([&](int64_t group, Gradients<T, X>* own) {
+        if (own) return own->write();
+        if (dB) std::memset(dB + group * size_B, 0, size_B * sizeof(T));
+        if (dC) std::memset(dC + group * size_C, 0, size_C * sizeof(T));
+    });
+    if (args.dx)
+        for_others(groups, args.M, [&](int64_t m) {
+            std::memset(static_cast<void*>(static_cast<X*>(args.dx) + m * args.D), 0, args.D * sizeof(X));
+        });
+    return ADAMSS_UPDATE;
+}
+
+}  // namespace ADAMSS_ISA
