@@ -286,7 +286,10 @@ class AdapterBank:
             other = min(layers.keys() ^ self._layers.keys())
             raise ValueError(f"adapter {name!r}: layer {other!r} is adapted by some of the adapters only")
         self._require_same_config(name, next(iter(layers.values())).config)
-        return {module: _onto(name, module, layer, self._layers[module]) for module, layer in layers.items()}
+        fitted = {}
+        for module, layer in layers.items():
+            fitted[module] = _onto(name, module, layer, self._layers[module])
+        return fitted
 
     def _require_same_config(self, name: str, config: AdaMSSConfig) -> None:
         if self._config is None:
@@ -371,7 +374,7 @@ def _onto(name: str, module: str, layer: FusedAdaMSSLinear, bank: BankLinear) ->
     if not error <= SIMILAR_UPDATE:
         raise ValueError(f"{message}; up to {SIMILAR_UPDATE} is taken: it was trained on another base")
     if error > SAME_UPDATE:
-        warnings.warn(message, BaseWeightWarning, 6)
+        warnings.warn(message, BaseWeightWarning, 5)
     else:
         logger.info("%s", message)
     layer.B.copy_(B)

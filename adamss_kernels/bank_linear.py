@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import torch
@@ -210,11 +209,10 @@ class BankHead(nn.Module):
         rows = x.shape[0] if x.dim() > 1 else 1
         flat = x.reshape(-1, x.shape[-1])
         groups = batch.groups(rows, flat.shape[0], x.device)
-        layers: list[nn.Linear | BankHead] = [self._heads[slot] for slot in groups.slots.tolist()]
-        starts = [*groups.starts.tolist(), flat.shape[0]]
+        layers: list[nn.Linear | BankHead] = [*(self._heads[slot] for slot in batch.slots), self]
         parts = [
-            F.linear(flat[groups.tokens[begin:end]], layer.weight, layer.bias)
-            for layer, (begin, end) in zip([*layers, self], itertools.pairwise(starts), strict=True)
+            F.linear(flat[tokens], layer.weight, layer.bias)
+            for layer, tokens in zip(layers, groups.tokens.split(batch.sizes(flat.shape[0])), strict=True)
         ]
         in_groups = torch.cat(parts)
         y = torch.empty_like(in_groups).index_copy(0, groups.tokens, in_groups)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -21,11 +22,10 @@ class Groups(NamedTuple):
     Attributes:
         tokens: (M,) int64, the tokens of each group one after another, ascending within it; those that take no
             adapter come last.
-        slots: (G,) int64 on the CPU, where each group's adapter lies in the stacked B and C, ascending.
-        starts: (G + 1,) int64 on the CPU; group g is tokens[starts[g]:starts[g + 1]], which may be empty.
-        tiles: (T, 4) int32, the same for a GPU: up to `TILE_TOKENS` tokens of one group, as group, slot, and where in
-            `tokens` they begin and end; the group is -1 for tokens without an adapter, -2 for a tile of none. On the
-            CPU T is 0.
+        slots: (G,) int64, where each group's adapter lies in the stacked B and C, ascending.
+        starts: (G + 1,) int64; group g is tokens[starts[g]:starts[g + 1]], which may be empty.
+        tiles: (T, 3) int32, the same in pieces for a GPU's programs: up to `TILE_TOKENS` tokens that share a slot (-1
+            for none), as that slot and where in `tokens` they begin and end.
     """
 
     tokens: Tensor
@@ -48,6 +48,12 @@ class MixedBatch:
         self.row_slots = np.array([-1 if name is None else slots[name] for name in self.names], dtype=np.int64)
         self.slots = tuple(sorted({int(slot) for slot in self.row_slots if slot >= 0}))
         self._groups: dict[tuple[int, torch.device, int | None], Groups] = {}
+
+    def sizes(self, M: int) -> list[int]:
+        """Return how many of M tokens take each of `slots`, and at the end how many take none."""
+        per_row = M // len(self.names) if self.names else 0
+        counts = Counter(self.row_slots.tolist())
+        return [counts[slot] * per_row for slot in (*self.slots, -1)]
 
     def repeat(self, rows: int) -> int:
         """Return how many of `rows` rows each name stands for: beams stand side by side.
@@ -85,29 +91,26 @@ def _grouped(row_slots: np.ndarray, slots: np.ndarray, M: int, device: torch.dev
     slot = np.repeat(row_slots, M // len(row_slots)) if len(row_slots) else np.full(M, -1)
     # None sorts last.
     group = np.where(slot < 0, len(slots), np.searchsorted(slots, slot))
-    tokens = torch.from_numpy(np.argsort(group, kind="stable"))
+    tokens = np.argsort(group, kind="stable")
     starts = np.concatenate(([0], np.cumsum(np.bincount(group, minlength=len(slots) + 1))))
-    tiles = torch.empty(0, 4, dtype=torch.int32, device="cpu")
-    if device.type != "cpu":
-        tiles = _moved(torch.from_numpy(_tiles(slots, starts, num_tiles(M, len(slots)))), device)
-        tokens = _moved(tokens, device)
-    return Groups(tokens, torch.from_numpy(slots), torch.from_numpy(starts[:-1].copy()), tiles)
+    tiles = _tiles(slots, starts, _num_tiles(M, len(slots)))
+    return Groups(*(_moved(torch.from_numpy(part), device) for part in (tokens, slots, starts[:-1].copy(), tiles)))
 
 
-def num_tiles(M: int, G: int) -> int:
+def _num_tiles(M: int, G: int) -> int:
     """Return T, as many tiles as M tokens in G groups can take."""
     return -(-M // TILE_TOKENS) + min(M, G)
 
 
 def _tiles(slots: np.ndarray, starts: np.ndarray, count: int) -> np.ndarray:
-    tiles = np.full((count, 4), -2, dtype=np.int32)
-    tiles[:, 1:] = 0
+    """Return the tiles (count, 3) int32 of groups that start there (the tokens of none at the end), the rest empty."""
+    tiles = np.zeros((count, 3), dtype=np.int32)
     at = 0
     for group in range(len(slots) + 1):
         begins = np.arange(starts[group], starts[group + 1], TILE_TOKENS)
-        of_group = tiles[at : at + len(begins)]
-        of_group[:, 0], of_group[:, 1] = (group, slots[group]) if group < len(slots) else (-1, 0)
-        of_group[:, 2], of_group[:, 3] = begins, np.minimum(begins + TILE_TOKENS, starts[group + 1])
+        tiles[at : at + len(begins), 0] = slots[group] if group < len(slots) else -1
+        tiles[at : at + len(begins), 1] = begins
+        tiles[at : at + len(begins), 2] = np.minimum(begins + TILE_TOKENS, starts[group + 1])
         at += len(begins)
     return tiles
 
@@ -150,9 +153,8 @@ def _groups(x: Tensor, rows: int, bank: int, capacity: int) -> Groups:
 
 def _groups_fake(x: Tensor, rows: int, bank: int, capacity: int) -> Groups:
     M = x.shape[0]
-    slots, starts = (torch.empty(size, dtype=torch.int64, device="cpu") for size in (capacity, capacity + 1))
-    T = 0 if x.device.type == "cpu" else num_tiles(M, capacity)
-    return Groups(x.new_empty(M, dtype=torch.int64), slots, starts, x.new_empty(T, 4, dtype=torch.int32))
+    tokens, slots, starts = (x.new_empty(size, dtype=torch.int64) for size in (M, capacity, capacity + 1))
+    return Groups(tokens, slots, starts, x.new_empty(_num_tiles(M, capacity), 3, dtype=torch.int32))
 
 
 _library.impl("groups", _groups, "CompositeExplicitAutograd")

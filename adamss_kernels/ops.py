@@ -24,7 +24,7 @@ from .subspaces import Subspaces, accumulation_dtype
 FEW_TOKENS = 64
 """Up to so many tokens tiles of 128 rows stay mostly empty: a GPU's backends are then preferred in another order."""
 _PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
-GROUPED_BACKENDS = ("reference", "cpu")
+GROUPED_BACKENDS = ("reference", "cpu", "triton")
 """Those that have operators for groups of tokens."""
 
 # {} is empty, or for grouped operators what `Groups` has.

@@ -350,8 +350,9 @@ def test_an_update_that_is_moved_with_a_visible_error_is_warned_of(folders, tmp_
     model.up.basis += 0.02 * torch.randn(model.up.basis.shape, dtype=torch.float64)
     save_adapter(model, tmp_path / "bob")
     bank = AdapterBank(base_model(), {"ann": folders["ann"]})
-    with pytest.warns(BaseWeightWarning, match="'bob': layer 'up': on the bank's basis its update is off by"):
+    with pytest.warns(BaseWeightWarning, match="'bob': layer 'up': on the bank's basis its update is off by") as caught:
         bank.load("bob", tmp_path / "bob")
+    assert [w.filename for w in caught] == [__file__]
 
 
 def test_an_adapter_of_a_rounded_base_goes_into_the_bank(folders, tmp_path):

@@ -12,7 +12,9 @@ import itertools
 
 import pytest
 import torch
+from accuracy import relative_error
 from conftest import make_layer, make_problem
+from grouped_operands import BATCHES, groups_of, make_operands, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -335,3 +337,40 @@ def test_every_kernel_runs_in_some_form(monkeypatch):
     for name in defined:
         launcher = getattr(launch, name.removeprefix("_").removesuffix("_kernel"))
         assert inspect.isfunction(launcher), "kernel and launcher pair up by name"
+
+
+# --- tokens in groups -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep_P", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "batch", ["rows side by side and apart", "one adapter has nearly all rows", "the base alone", "no row", "no token"]
+)
+def test_each_token_of_a_group_gets_what_its_adapter_alone_would_give(batch, dtype, masked, keep_P):
+    rows, M = BATCHES[batch]
+    groups = groups_of(rows, M)
+    operands = make_operands(rows, M, dtype, torch.float32, masked=masked, N=40, R=20, D=24, ranks=(2, 1, 3))
+    *tensors, subspaces = operands
+    wide = [None if t is None else t.double() for t in (*tensors, *subspaces[:2])]
+    exact_operands = (*wide[:5], subspaces._replace(basis=wide[5], basis_bias=wide[6]))
+    dy = torch.randn(M, 40).to(dtype)
+    exact = run(None, exact_operands, groups, keep_P, dy.double())
+    plain = run(None, operands, groups, keep_P, dy)
+    for name, got in run("triton", operands, groups, keep_P, dy).items():
+        assert (got.dtype, got.shape) == (plain[name].dtype, plain[name].shape)
+        if not got.numel() or not exact[name].any():
+            assert not got.any(), name
+        elif name != "S":  # only what backward makes of it counts
+            allowed = 2 * relative_error(plain[name], exact[name]) + torch.finfo(got.dtype).eps
+            assert relative_error(got, exact[name]) <= allowed, name
+
+
+def test_groups_whose_columns_take_several_blocks():
+    rows, M = [1, 0, 1], 9
+    operands = make_operands(rows, M, torch.float32, torch.float32, N=50, R=6, D=8, ranks=(16, 16, 16, 16, 9))
+    groups, dy = groups_of(rows, M), torch.randn(9, 50)
+    expected = run(None, operands, groups, False, dy)
+    for name, got in run("triton", operands, groups, False, dy).items():
+        torch.testing.assert_close(got, expected[name], rtol=1e-4, atol=1e-4)

@@ -26,6 +26,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import adamss_kernels.triton as backend
+from adamss_kernels.mixed_batch import Groups
 from adamss_kernels.subspaces import Subspaces
 from adamss_kernels.triton import tuning
 
@@ -97,7 +98,8 @@ def record(arch: str, run: Callable[[], object]) -> list[Unit]:
 def _unit(kernel: Any, config: tuning.Config, args: tuple[Any, ...], constants: dict[str, Any]) -> Unit:
     """Specialise as Triton's JIT does: None and 1 become constants, multiples of 16 are marked."""
     signature, fixed, divisible = [], list(constants.items()), []
-    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.bool: "i1"}
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.bool: "i1"}
+    names |= {torch.int32: "i32", torch.int64: "i64"}
     for param, value in zip(kernel.params, args, strict=False):
         specialised = not param.do_not_specialize
         if value is None or (isinstance(value, int) and value == 1 and specialised):
@@ -195,6 +197,26 @@ def operators(dtype: torch.dtype, M: int, D: int, N: int, R: int, K: int, rank: 
                     return backend.backward(dy, kept[0], S, kept[1], weight, B, C, subspaces, needs)
 
             yield backward
+        yield from grouped_operators(x, weight, bias, subspaces, dy, K * rank, rank)
+
+
+def grouped_operators(x, weight, bias, subspaces, dy, rho, rank):  # type: ignore[no-untyped-def]
+    """Yield the same for 64 adapters in a batch."""
+    (M, _), (N, _), R, G = x.shape, weight.shape, subspaces.basis.shape[0], 64
+
+    def indices(*shape, dtype=torch.int64):  # type: ignore[no-untyped-def]
+        return torch.empty(shape, dtype=dtype, device="cuda")
+
+    B, C = torch.empty(G, rho, R, device="cuda"), torch.empty(G, N, rank, device="cuda")
+    masks = [torch.empty(G, subspaces.active.shape[0], dtype=torch.bool, device="cuda") for _ in range(2)]
+    subspaces = subspaces._replace(active=masks[0], trainable=masks[1])
+    groups = Groups(indices(M), indices(G), indices(G + 1), indices(-(-M // 16) + min(M, G), 3, dtype=torch.int32))
+    S, P = torch.empty(M, rho, device="cuda"), x.new_empty(M, R)
+    for keep in (False, True):
+        yield lambda keep=keep: backend.grouped_forward(x, weight, bias, B, C, subspaces, groups, keep, keep)
+    for need_dx in (False, True):
+        needs = [need_dx, False, False, True, True]
+        yield lambda needs=needs: backend.grouped_backward(dy, None, S, P, weight, B, C, subspaces, groups, needs)
 
 
 def units_for(arch: str, dtype: torch.dtype, shapes: dict[str, tuple[int, int, int]], rank: int = 3) -> list[Unit]:

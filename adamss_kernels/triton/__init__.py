@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..mixed_batch import Groups
 from ..subspaces import Subspaces
 from . import tuning
 
@@ -149,6 +150,85 @@ def backward(
         if need_dbias:
             dbias = dy.sum(0)
     return dx, dweight, dbias, dB, dC
+
+
+def grouped_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    B: Tensor,
+    C: Tensor,
+    subspaces: Subspaces,
+    groups: Groups,
+    keep_S: bool,
+    keep_P: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute `reference.grouped_forward`: torch's products for x W^T and P, which all groups share, and one pass."""
+    from . import launch_grouped
+
+    with _current(x.device):
+        y = torch.nn.functional.linear(x, weight, bias)
+        P = _projection(x, subspaces)
+        S = x.new_empty((x.shape[0], B.shape[1]) if keep_S else 0, dtype=torch.float32)
+        if x.shape[0]:
+            B, C = _contiguous(B, C)
+            launch_grouped.delta_fwd(y, P, B, C, _contiguous_masks(subspaces), groups, S if keep_S else None)
+    return y, S, P if keep_P else x.new_empty(0)
+
+
+def grouped_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    S: Tensor | None,
+    P: Tensor | None,
+    weight: Tensor,
+    B: Tensor,
+    C: Tensor,
+    subspaces: Subspaces,
+    groups: Groups,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute `reference.grouped_backward`; dx = dP A + dy W by torch's products."""
+    from . import launch_grouped
+
+    need_dx, need_dweight, need_dbias, need_dB, need_dC = needs
+    G, M = groups.slots.shape[0], dy.shape[0]
+    dx, dweight, dbias = (dy.new_empty(0) for _ in range(3))
+    dB = B.new_zeros((G, *B.shape[1:]) if need_dB else 0)
+    dC = C.new_zeros((G, *C.shape[1:]) if need_dC else 0)
+    with _current(dy.device):
+        B, C, S, P = _contiguous(B, C, S, P)
+        subspaces = _contiguous_masks(subspaces)
+        dP = None
+        if M and (need_dx or need_dB):
+            dS, dP = launch_grouped.delta_bwd(dy, B, C, subspaces, groups, need_dx)
+            if need_dB and G:
+                P = _projection(x, subspaces) if P is None else P
+                dB = launch_grouped.grad_B(dS, P, B, subspaces, groups)
+        if M and need_dC and G:
+            assert S is not None
+            dC = launch_grouped.grad_C(dy, S, C, subspaces, groups)
+        if need_dx:
+            assert subspaces.basis is not None
+            dx = dy @ weight if dP is None else torch.mm(dP, subspaces.basis.to(dP.dtype)).addmm_(dy, weight)
+        if need_dweight:
+            assert x is not None
+            dweight = dy.T @ x
+        if need_dbias:
+            dbias = dy.sum(0)
+    return dx, dweight, dbias, dB, dC
+
+
+def _projection(x: Tensor | None, subspaces: Subspaces) -> Tensor:
+    """Return P = x A^T + a (M, R)."""
+    basis, basis_bias, *_ = subspaces
+    assert x is not None and basis is not None
+    return torch.nn.functional.linear(x, basis.to(x.dtype), None if basis_bias is None else basis_bias.to(x.dtype))
+
+
+def _contiguous_masks(subspaces: Subspaces) -> Subspaces:
+    active, trainable = _contiguous(subspaces.active, subspaces.trainable)
+    return subspaces._replace(active=active, trainable=trainable)
 
 
 def _grad_B(dS, x, P, basis, basis_bias, B, offsets, active, trainable, arch):  # type: ignore[no-untyped-def]
