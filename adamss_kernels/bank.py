@@ -27,7 +27,7 @@ from .checkpoint import (
     write_layers,
 )
 from .config import AdaMSSConfig, require_config
-from .decompose import Decomposition, augmented, decompose
+from .decompose import augmented
 from .linear import FusedAdaMSSLinear
 from .mixed_batch import MixedBatch, under_way
 from .model import adapted_layers, swap
@@ -165,7 +165,7 @@ class AdapterBank:
             raise ValueError(f"config.use_asa: expected False for adapter {name!r}; train it alone to prune it")
         self._require_same_config(name, config)
         if self._layers:
-            layers = {module: _fresh(layer, config, module) for module, layer in self._layers.items()}
+            layers = {module: layer.untrained(module) for module, layer in self._layers.items()}
         else:
             targets = target_linears(self.model, config)
             with tqdm(targets.items(), desc="AdaMSS init", unit="layer", disable=not progress) as bar:
@@ -295,8 +295,10 @@ class AdapterBank:
         if self._config is None:
             return
         # What shapes the subspaces, and which layers have them.
-        shaping = ("r", "num_subspaces", "subspace_rank", "use_dynamic_rank", "svd_threshold", "random_seed")
-        for field in (*shaping, "target_modules", "layers_to_transform", "layers_pattern", "modules_to_save"):
+        for field in (
+            *("r", "num_subspaces", "subspace_rank", "use_dynamic_rank", "svd_threshold", "random_seed"),
+            *("init_weights", "target_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
+        ):
             got, expected = getattr(config, field), getattr(self._config, field)
             if got != expected:
                 raise ValueError(f"adapter {name!r}: config.{field}: expected the bank's, {expected!r}, got {got!r}")
@@ -342,13 +344,6 @@ def _head(name: str, module: str, found: nn.Module) -> nn.Linear:
     head = head.to(found.weight.dtype)
     head.load_state_dict(found.state_dict())
     return head
-
-
-def _fresh(layer: BankLinear, config: AdaMSSConfig, module: str) -> FusedAdaMSSLinear:
-    """Return a new adapter's layer on the bank's basis."""
-    own = decompose(layer.weight, layer.bias, config, name=module)
-    shared = Decomposition(layer.basis, layer.basis_bias, layer.layout, own.B, own.C)
-    return FusedAdaMSSLinear(layer.weight, layer.bias, shared, config)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .decompose import Decomposition
+from .decompose import Decomposition, decompose
 from .grouped import grouped_linear
 from .linear import FusedAdaMSSLinear
 from .mixed_batch import current_batch
@@ -60,6 +60,7 @@ class BankLinear(nn.Module):
             of_layer = getattr(layer, name).detach()
             self.register_buffer(name, of_layer.new_empty(0, *of_layer.shape), persistent=False)
         self._leaves: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+        self._untrained: tuple[Tensor, Tensor] | None = None
 
     @property
     def capacity(self) -> int:
@@ -95,6 +96,23 @@ class BankLinear(nn.Module):
         layer = FusedAdaMSSLinear(self.weight, self.bias, decomposition, self.config)
         layer.set_masks(self.active[slot], self.trainable[slot])
         return layer.train(self.training)
+
+    def untrained(self, name: str) -> FusedAdaMSSLinear:
+        """Return a layer as it is before training; `name` is what messages call it.
+
+        The frozen weight and the config decide how it starts, so they are decomposed once for all adapters.
+        """
+        if self._untrained is None:
+            own = decompose(self.weight, self.bias, self.config, name=name)
+            if own.layout.ranks != self.layout.ranks:
+                raise ValueError(
+                    f"{name}: from this base a new adapter gets the ranks {own.layout.ranks}, but those in the bank, "
+                    f"trained on another copy of it, have {self.layout.ranks}"
+                )
+            self._untrained = own.B, own.C
+        B, C = (t.to(self.B, copy=True) for t in self._untrained)
+        shared = Decomposition(self.basis, self.basis_bias, self.layout, B, C)
+        return FusedAdaMSSLinear(self.weight, self.bias, shared, self.config)
 
     def clear(self, slot: int) -> None:
         """Empty a slot."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ...compiled.allocator import keep_freed_memory
-from . import asa, compare, init, layer, memory, methods, model, results, scaling
+from . import asa, compare, init, layer, memory, methods, mixed, model, results, scaling
 from .bound import measure_bound
 from .measure import Settings, pinned
 from .results import Row
@@ -26,6 +26,7 @@ SUITES: dict[str, tuple[ModuleType, float, float]] = {
     "model": (model, 12, 60),
     "init": (init, 4, 20),
     "asa": (asa, 3, 10),
+    "mixed": (mixed, 5, 20),
     "memory": (memory, 0, 0),
     "scaling": (scaling, 0.3, 2),
 }
@@ -139,6 +140,9 @@ def _cells(row: Row) -> Iterator[str]:
             yield f"{row[field]:7.3f} {unit}"
     if "bound_share" in row:
         yield f"{row['bound_share']:4.0%} of the bound (linear {row['linear_bound_share']:.0%})"
+    for field, word in (("adapter_bytes", "an adapter"), ("file_bytes", "its compact file")):
+        if row.get(field):
+            yield f"{word} {row[field] / 1024:.4g} KiB"
     for field, word in (("peak_bytes", "peak"), ("saved_bytes", "saved")):
         if field in row:
             yield f"{word} {row[field] / 2**20:.4g} MiB"
