@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import concurrent.futures
 import copy
+import importlib.util
 import itertools
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -492,3 +495,35 @@ def test_generate_gives_each_prompt_its_adapter():
         for i, name in enumerate(["cid", None, "ann"]):
             with bank.select([name]):
                 assert torch.equal(llama.generate(ids[i : i + 1], **options, **more)[0], mixed[i])
+
+
+# --- the examples ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_sweep_in_one_batch_has_the_curves_of_single_runs(tmp_path, monkeypatch, capsys):
+    sweep = example("sweep")
+    monkeypatch.setattr("sys.argv", ["sweep.py", "--output_dir", str(tmp_path), "--steps", "5", "--batch_size", "8"])
+    sweep.main()
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert len(report["runs"]) == 8
+    # Five steps in float32 on losses of about two: roundings, that the optimizer spreads.
+    assert all(run["difference"] < 1e-4 for run in report["runs"])
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+    assert "in one batch" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_served_requests_get_what_their_adapter_alone_gives(monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr("sys.argv", ["serve.py", "--adapters", "4", "--batches", "1", "--new_tokens", "3"])
+    example("serve").main()
+    assert "a batch of 4: 4 answers as from its adapter alone" in capsys.readouterr().out
+
+
+def example(name):
+    path = Path(__file__).parent.parent / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
