@@ -214,9 +214,16 @@ class FusedAdaMSSLinear(FrozenLinear):
         super()._apply(fn, recurse)
         if self.row_subspace is not self._layout.row_subspace and not self.row_subspace.is_meta:
             # Kernels index by them, and after `to_empty` they hold garbage until a state dict is loaded.
+            if self._layout.row_subspace.is_meta:
+                # Any map that is valid, so that a state dict of the base weights alone can be loaded first.
+                N, K = self.row_subspace.shape[0], self._layout.num_subspaces
+                self.row_subspace.copy_(torch.arange(N, device="cpu") % K)
             self.row_subspace.clamp_(0, self._layout.num_subspaces - 1)
             starts = [0, *itertools.accumulate(self._layout.ranks)]
-            self.offsets = torch.tensor(starts, dtype=torch.int32, device=self.row_subspace.device)
+            self.offsets, self.ranks = (
+                torch.tensor(values, dtype=torch.int32, device=self.row_subspace.device)
+                for values in (starts, self._layout.ranks)
+            )
         # The buffers have been moved or replaced.
         self._layout = self._layout.with_tensors(self.row_subspace, self.offsets)
         if self._idle is not None:

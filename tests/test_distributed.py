@@ -1,17 +1,14 @@
 """DDP and FSDP2 take the decisions of one process, and a rank that dies leaves the last checkpoint whole."""
 
 import copy
-import datetime
-import multiprocessing
 import os
 import signal
-import socket
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from ranks import launch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -91,35 +88,6 @@ def sharded(model):
     for layer in adamss_layers(model).values():
         fully_shard(layer)
     return fully_shard(model)
-
-
-def launch(scenario, folder, *, expect_success=True):
-    """Run `scenario(rank, folder)` in two processes of a gloo group; return their exit codes."""
-    # Forked from a server that has imported everything once, and that has no threads which a fork could break.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    processes = [context.Process(target=in_group, args=(scenario, rank, folder)) for rank in range(RANKS)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        if process.is_alive():
-            process.kill()
-    codes = [process.exitcode for process in processes]
-    assert not expect_success or codes == [0] * RANKS
-    return codes
-
-
-def in_group(scenario, rank, folder):
-    torch.set_num_threads(1)
-    if "lo" in (name for _, name in socket.if_nameindex()):
-        # Else gloo looks up the host's name, which takes seconds where no name server answers.
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    init = f"file://{folder}/rendezvous"
-    timeout = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=RANKS, timeout=timeout)
-    scenario(rank, Path(folder))
-    dist.destroy_process_group()
 
 
 def export(model, folder):
