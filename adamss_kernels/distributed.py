@@ -38,6 +38,27 @@ def shard_like(whole: Tensor, example: Tensor) -> Tensor:
     return distribute_tensor(whole, mesh, example.placements, src_data_rank=None)  # type: ignore[attr-defined]
 
 
+def with_sharding(local: Tensor, example: Tensor) -> Tensor:
+    """Return this rank's part of a tensor of the shape of `example` as a DTensor, sharded as that is; or as it is."""
+    if not is_sharded(example):
+        return local
+    from torch.distributed.tensor import DTensor
+
+    like: Any = example
+    shape, stride = like.shape, like.stride()
+    return DTensor.from_local(local, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride)
+
+
+def sum_over_shards(tensor: Tensor, example: Tensor) -> Tensor:
+    """Sum `tensor` in place over the ranks that hold other parts of `example`, and return it."""
+    if is_sharded(example):
+        like: Any = example
+        for dim, placement in enumerate(like.placements):
+            if not placement.is_replicate():
+                torch.distributed.all_reduce(tensor, group=like.device_mesh.get_group(dim))
+    return tensor
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether `tensor` is a DTensor, of which each rank may hold a part only."""
     return hasattr(tensor, "device_mesh")
