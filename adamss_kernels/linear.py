@@ -205,10 +205,8 @@ class FusedAdaMSSLinear(FrozenLinear):
         return None if self.basis_bias is None else self._delta(self.basis_bias[:, None])[:, 0]
 
     def _delta(self, basis: Tensor) -> Tensor:
-        acc = torch.promote_types(self.B.dtype, torch.float32)
-        S = self.B.to(acc) @ basis.to(acc)
-        S = S.masked_fill(~column_mask(self.active, self.offsets, S.shape[0])[:, None], 0)
-        return block_diagonal(self.C.to(acc), self.row_subspace, self.offsets, S.shape[0]).T @ S
+        rows = Subspaces(None, None, self.row_subspace, self.offsets, self.active)
+        return delta(self.B, self.C, rows, basis)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedAdaMSSLinear:
         super()._apply(fn, recurse)
@@ -255,6 +253,23 @@ class FusedAdaMSSLinear(FrozenLinear):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"R={self.basis.shape[0]}, K={self._layout.num_subspaces}, RHO={self._layout.rho}, merged={self.merged}"
         )
+
+
+def delta(B: Tensor, C: Tensor, subspaces: Subspaces, basis: Tensor) -> Tensor:
+    """Return C^T-weighted sums of the rows of B A by the active subspaces: (N, columns of `basis`), float32 at least.
+
+    Args:
+        B: (RHO, R).
+        C: (N, r_max).
+        subspaces: Its row map (N,) and masks count.
+        basis: A (R, D), or some columns of it.
+    """
+    _, _, row_subspace, offsets, active, *_ = subspaces
+    assert active is not None
+    acc = torch.promote_types(B.dtype, torch.float32)
+    S = B.to(acc) @ basis.to(acc)
+    S = S.masked_fill(~column_mask(active, offsets, S.shape[0])[:, None], 0)
+    return block_diagonal(C.to(acc), row_subspace, offsets, S.shape[0]).T @ S
 
 
 def _is_recording(tensor: Tensor) -> bool:

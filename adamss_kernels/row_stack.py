@@ -258,6 +258,6 @@ def stack_key(member: Member) -> tuple[Any, ...]:
     """
     parameter = member.parameter
     placements = tuple(getattr(parameter, "placements", ()))
-    if any(placement.is_shard() and placement.dim != 0 for placement in placements):
+    if any(not placement.is_replicate() and placement.dim != 0 for placement in placements):
         raise NotImplementedError(f"{member.key}: expected a parameter sharded along dimension 0, got {placements}")
     return parameter.device, parameter.dtype, parameter.shape[1], getattr(parameter, "device_mesh", None), placements
