@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from ranks import launch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -21,6 +21,8 @@ from adamss_kernels import (
     AdaMSSConfig,
     FusedAdaMSSLinear,
     SubspaceAllocator,
+    export_lora,
+    export_peft,
     inject_adamss,
     load_adapter,
     save_adapter,
@@ -185,6 +187,19 @@ def scenario(rank, folder):
     set_model_state_dict(model, state)
     torch.save(whole_state(model), folder / f"dcp-{rank}.pt")
 
+    # Other people's formats, and a base that begins on the meta device.
+    export_lora(run.model, folder / "lora")
+    export_peft(run.model, folder / "peft", progress=False)
+    with torch.device("meta"):
+        model = base_model()
+    with pytest.warns(UserWarning, match="only shapes are set up"):
+        load_adapter(model, folder / "line")
+    model = both(model).to_empty(device="cpu")
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+    set_model_state_dict(model, base_model().state_dict() if rank == 0 else {}, options=options)
+    load_adapter(model, folder / "line")
+    torch.save(whole_state(model), folder / f"meta-{rank}.pt")
+
     # One sum a block forward, as without an update; backward that of dx, and one each for the trained tensors.
     x, _ = batch(0)
     model = run.model
@@ -245,13 +260,19 @@ def test_tensor_parallel_runs_decide_and_train_as_one_process_does(tmp_path, one
             torch.testing.assert_close(result["losses"], expected["losses"], rtol=0, atol=1e-5)
             for key, tensor in expected["state"].items():
                 torch.testing.assert_close(result["state"][key], tensor, rtol=0, atol=1e-5)
-        for name, source in (("line-on-grid", "line"), ("grid-on-line", "grid"), ("dcp", "grid")):
+        for name, source in (("line-on-grid", "line"), ("meta", "line"), ("grid-on-line", "grid"), ("dcp", "grid")):
             state, saved = torch.load(tmp_path / f"{name}-{rank}.pt"), torch.load(tmp_path / f"{source}-0.pt")["state"]
             assert all(torch.equal(state[key], tensor) for key, tensor in saved.items()), name
     for name in ("line", "grid"):
         state = torch.load(tmp_path / f"{name}-0.pt")["state"]
         loaded = load_adapter(base_model(), tmp_path / name)
         assert all(torch.equal(tensor, state[key]) for key, tensor in loaded.state_dict().items())
+    loaded = load_adapter(base_model(), tmp_path / "line")
+    export_lora(loaded, tmp_path / "lora-of-one")
+    export_peft(loaded, tmp_path / "peft-of-one", progress=False)
+    for kind in ("lora", "peft"):
+        for path in (tmp_path / f"{kind}-of-one").iterdir():
+            assert path.read_bytes() == (tmp_path / kind / path.name).read_bytes(), path
     deltas = torch.load(tmp_path / "deltas-0.pt")
     for name, layer in adamss_layers(load_adapter(base_model(), tmp_path / "line")).items():
         torch.testing.assert_close(deltas[name], layer.delta_weight(), rtol=0, atol=1e-6)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..atomic import replace_file
-from ..distributed import full_tensor, is_writer, together, unwrap
+from ..distributed import full_tensor, is_writer, reshard, together, unwrap
 from ..linear import FusedAdaMSSLinear
 from ..model import adamss_layers, adapted_layers, saved_modules, saved_names
 
@@ -51,6 +51,7 @@ def exportable_layers(model: nn.Module) -> dict[str, FusedAdaMSSLinear]:
         ValueError: There is none, one of another method besides, or one is registered under two names.
     """
     root = unwrap(model)
+    reshard(root)
     layers = adamss_layers(root)
     if not layers:
         raise ValueError("model: has no FusedAdaMSSLinear; adapt it with inject_adamss first")
