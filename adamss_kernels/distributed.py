@@ -114,8 +114,10 @@ def together(model: nn.Module) -> Iterator[None]:
     try:
         reports = gather_objects(model, None if failure is None else f"{type(failure).__name__}: {failure}")
     except Exception as error:
-        # A rank has died, be it for the reason at hand.
-        raise failure or error from error
+        if failure is None:
+            raise
+        # A rank has died meanwhile, be it of the same.
+        raise failure from error
     if failure is not None:
         raise failure
     for rank, report in enumerate(reports):

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 
 from adamss_kernels import AdaMSSConfig, SubspaceAllocator, inject_adamss, load_adapter, save_adapter
+from adamss_kernels.adapters import inject_adapter
 from adamss_kernels.distributed import full_tensor
 from adamss_kernels.model import adamss_layers
 
@@ -109,6 +110,15 @@ def adapter_scenario(rank, folder):
         torch.save(whole_state(model), folder / f"meta-{kind}-{rank}.pt")
         assert [name for name, p in model.named_parameters() if p.requires_grad] == expected["trains"]
 
+    # A related method.
+    model = inject_adapter(base_model(), "lora", ["0", "2"], modules_to_save=["head"], progress=False, rank=3)
+    for module in (model[0], model[2], model.head):
+        fully_shard(module)
+    model = load_adapter(fully_shard(model), folder / "lora")
+    torch.save(whole_state(model), folder / f"lora-{rank}.pt")
+    with reports(ValueError, "0: expected a LoRALinear as in the file, got a FSDPFusedAdaMSSLinear"):
+        load_adapter(sharded(adapted()), folder / "lora")
+
     # Before fully_shard, and back to disk: the rows of every rank.
     model = sharded(load_adapter(base_model(), folder / "full"))
     with torch.no_grad():
@@ -151,8 +161,14 @@ def test_adapters_load_onto_sharded_models_and_are_gathered_from_them(tmp_path):
         model[0].weight.add_(1)
     save_adapter(model, tmp_path / "other-base")
     (tmp_path / "is a file").touch()
+    lora = inject_adapter(base_model(), "lora", ["0", "2"], modules_to_save=["head"], progress=False, rank=3)
+    with torch.no_grad():
+        lora[0].B.fill_(1)
+    save_adapter(lora, tmp_path / "lora")
     launch(adapter_scenario, tmp_path)
 
+    for rank in range(2):
+        require_equal(torch.load(tmp_path / f"lora-{rank}.pt"), lora.state_dict())
     full = load_adapter(base_model(), tmp_path / "full").state_dict()
     compact = load_adapter(base_model(), tmp_path / "compact").state_dict()
     for rank in range(2):
