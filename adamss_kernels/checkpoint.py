@@ -21,11 +21,12 @@ from .atomic import replace_file
 from .compact import num_probes, probe, solve
 from .config import AdaMSSConfig
 from .decompose import Decomposition, augmented, rebuild_basis
-from .distributed import full_tensor, gather_objects, is_sharded, is_writer, reshard, shard_like, together, unwrap
+from .distributed import full_tensor, gather_objects, is_sharded, is_writer, reshard, together, unwrap
 from .frozen_linear import BASE_KEYS, LAYERS_BY_METHOD, FrozenLinear, plain_linear
 from .layout import SubspaceLayout
 from .linear import FusedAdaMSSLinear
 from .model import adapted_layers, replace_modules, saved_modules
+from .sharded import fill, fill_layers
 from .sketch import SKETCH_SHAPE, relative_difference, sketch, sketch_linear
 
 logger = logging.getLogger(__name__)
@@ -210,7 +211,9 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], *, strict:
 
     layers, saved = build_layers(find, checkpoint, strict, shapes_only=shapes_only and not spread)
     if spread:
-        _fill_layers(root, layers, saved)
+        fill_layers(root, layers, "file")
+        for name, state in saved.items():
+            fill(root.get_submodule(name), state)
         return model
     if shapes_only:
         warnings.warn(f"{path}: {_ON_META}: only shapes are set up; load the adapter again when it has", stacklevel=2)
@@ -235,46 +238,6 @@ def _require_same_file(root: nn.Module, checkpoint: Checkpoint) -> None:
             raise ValueError(
                 f"{checkpoint.path}: rank {rank} has read another file than rank 0; expected the same on all ranks"
             )
-
-
-def _fill_layers(
-    root: nn.Module, layers: Mapping[str, FrozenLinear], saved: Mapping[str, Mapping[str, Tensor]]
-) -> None:
-    """Let the layers of a model that is spread over ranks, which cannot be replaced, take this rank's part of others.
-
-    Args:
-        root: The model.
-        layers: Whole, by name.
-        saved: Whole state dicts of the modules that were saved, by name.
-    """
-    states: dict[str, Mapping[str, Tensor]] = {}
-    for name, new in layers.items():
-        states[name] = {key: t for key, t in new.state_dict().items() if key not in BASE_KEYS}
-        _require_same_shapes(name, root.get_submodule(name), new, states[name])
-    for name, state in (dict(saved) | states).items():
-        module = root.get_submodule(name)
-        slots = module.state_dict()
-        module.load_state_dict({key: shard_like(t, slots[key]) for key, t in state.items()}, strict=False)
-    for name, new in layers.items():
-        layer: Any = root.get_submodule(name)
-        layer.modules_to_save = new.modules_to_save
-        if isinstance(new, FusedAdaMSSLinear):
-            layer.config = new.config
-
-
-def _require_same_shapes(name: str, old: Any, new: Any, state: Mapping[str, Tensor]) -> None:
-    """Check that a layer of a sharded model can take the `state` of the layer that was saved."""
-    slots = {key: t for key, t in old.state_dict().items() if key not in BASE_KEYS}
-    if not isinstance(old, type(new)) or slots.keys() != state.keys():
-        raise ValueError(f"{name}: expected a {type(new).__name__} as in the file, got a {type(old).__name__}")
-    if isinstance(new, FusedAdaMSSLinear) and old.layout.ranks != new.layout.ranks:
-        raise ValueError(
-            f"{name}: expected the ranks of the file, {new.layout.ranks}, got {old.layout.ranks}; a sharded layer "
-            "cannot change its shapes: let load_adapter adapt the model before it is sharded"
-        )
-    for key, t in state.items():
-        if slots[key].shape != t.shape:
-            raise ValueError(f"{name}.{key}: expected shape {tuple(t.shape)}, got {tuple(slots[key].shape)}")
 
 
 def build_layers(

@@ -12,18 +12,24 @@ from tqdm.auto import tqdm
 
 from .config import AdaMSSConfig
 from .decompose import Decomposition, decompose
+from .distributed import full_tensor
+from .frozen_linear import FrozenLinear
 from .layout import SubspaceLayout
 
 
 def decompose_on_ranks(
-    linears: Mapping[str, nn.Linear], config: AdaMSSConfig, group: dist.ProcessGroup, *, progress: bool = False
+    linears: Mapping[str, nn.Linear | FrozenLinear],
+    config: AdaMSSConfig,
+    group: dist.ProcessGroup,
+    *,
+    progress: bool = False,
 ) -> dict[str, Decomposition]:
     """Return what `decompose` gives for each linear layer, each of them decomposed by one rank of `group`.
 
     Every rank calls, with the same layers. At any moment a rank decomposes at most one.
 
     Args:
-        linears: By name, with values on every rank.
+        linears: Layers by name, whose weights and biases have values on every rank, or are spread over all of them.
         config: As for `decompose`.
         group: Of the ranks that share the layers out.
         progress: Show a progress bar.
@@ -44,13 +50,17 @@ def decompose_on_ranks(
     with tqdm(total=len(names), desc="AdaMSS init", unit="layer", disable=not progress) as bar:
         for start in range(0, len(names), ranks):
             turn = names[start : start + ranks]
-            own, failure = None, None
-            if rank < len(turn):
-                linear = linears[turn[rank]]
+            own, failure, mine = None, None, None
+            for source, name in enumerate(turn):
+                whole = full_tensor(linears[name].weight), _full(linears[name].bias)
+                mine = whole if source == rank else mine
+                del whole
+            if mine is not None:
                 try:
-                    own = decompose(linear.weight, linear.bias, config, name=turn[rank])
+                    own = decompose(*mine, config, name=turn[rank])
                 except Exception as error:
                     failure = error
+            mine = None
             reports = _gathered((own and (own.layout.ranks, own.basis.shape[0]), failure and str(failure)), group)
             if failure is not None:
                 raise failure
@@ -63,6 +73,10 @@ def decompose_on_ranks(
     return found
 
 
+def _full(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else full_tensor(tensor)
+
+
 def _gathered(value: Any, group: dist.ProcessGroup) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
@@ -70,18 +84,19 @@ def _gathered(value: Any, group: dist.ProcessGroup) -> list[Any]:
 
 
 def _sent(
-    linear: nn.Linear,
+    linear: nn.Linear | FrozenLinear,
     own: Decomposition | None,
     shapes: tuple[tuple[int, ...], int],
     source: int,
     group: dist.ProcessGroup,
 ) -> Decomposition:
     """Return the decomposition that rank `source` has (`own` there) on every rank."""
-    (ranks, R), (N, D), weight = shapes, linear.weight.shape, linear.weight.detach()
+    (ranks, R), weight = shapes, linear.weight
+    N, D = weight.shape
     dtype = torch.promote_types(weight.dtype, torch.float32)
 
     def sent(tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        tensor = weight.new_empty(shape, dtype=dtype) if tensor is None else tensor.contiguous()
+        tensor = torch.empty(shape, dtype=dtype, device=weight.device) if tensor is None else tensor.contiguous()
         # As bytes: not every backend knows every dtype.
         dist.broadcast(tensor.view(-1).view(torch.uint8), group=group, group_src=source)
         return tensor

@@ -22,6 +22,7 @@ from adamss_kernels import AdaMSSConfig, SubspaceAllocator, inject_adamss, load_
 from adamss_kernels.adapters import inject_adapter
 from adamss_kernels.distributed import full_tensor
 from adamss_kernels.model import adamss_layers
+from adamss_kernels.sharded import initialise_adamss
 
 pytestmark = [
     pytest.mark.slow,
@@ -32,7 +33,7 @@ OPTIONS = {"r": 6, "num_subspaces": 4, "subspace_rank": 2, "modules_to_save": ["
 CONFIG = AdaMSSConfig(
     **OPTIONS, asa_target_subspaces=4, init_warmup=1, final_warmup=9, mask_interval=3, target_modules=["0", "2"]
 )
-FULL = StateDictOptions(full_state_dict=True)
+CROWDED = AdaMSSConfig(r=6, num_subspaces=10, subspace_rank=2, target_modules=["0", "2"], modules_to_save=["head"])
 
 
 def base_model():
@@ -60,6 +61,13 @@ def sharded(model):
     for layer in (*adamss_layers(model).values(), model.head):
         fully_shard(layer)
     return fully_shard(model)
+
+
+def send_base(model, rank):
+    """Give the ranks of a sharded model the base weights that the first one has."""
+    base = base_model().state_dict() if rank == 0 else {}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+    set_model_state_dict(model, base, options=options)
 
 
 def whole_state(model):
@@ -103,12 +111,29 @@ def adapter_scenario(rank, folder):
         with reports(ValueError, "0: the base weight is on the meta device; load the base model's weights first"):
             load_adapter(model, folder / kind)
         model.to_empty(device="cpu")
-        base = base_model().state_dict() if rank == 0 else {}
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
-        set_model_state_dict(model, base, options=options)
+        send_base(model, rank)
         load_adapter(model, folder / kind)
         torch.save(whole_state(model), folder / f"meta-{kind}-{rank}.pt")
         assert [name for name, p in model.named_parameters() if p.requires_grad] == expected["trains"]
+
+    # The same without an adapter: the first values, decomposed after the base weights have come.
+    with torch.device("meta"):
+        model = inject_adamss(base_model(), CONFIG, progress=False)
+    model = sharded(model)
+    with reports(ValueError, "0: the base weight is on the meta device; load the base model's weights first"):
+        initialise_adamss(model, progress=False)
+    model.to_empty(device="cpu")
+    send_base(model, rank)
+    initialise_adamss(model, progress=False)
+    torch.save(whole_state(model), folder / f"first-{rank}.pt")
+    with torch.device("meta"):
+        model = inject_adamss(base_model(), CROWDED, progress=False)
+    model = sharded(model).to_empty(device="cpu")
+    send_base(model, rank)
+    with reports(
+        ValueError, r"0: expected the ranks of the decomposition, \(.*1.*\), got \(2, 2, 2, 2, 2, 2, 2, 2, 2, 2\)"
+    ):
+        initialise_adamss(model, progress=False)
 
     # A related method.
     model = inject_adapter(base_model(), "lora", ["0", "2"], modules_to_save=["head"], progress=False, rank=3)
@@ -149,7 +174,7 @@ def adapter_scenario(rank, folder):
         load_adapter(fully_shard(plain), folder / "full")
 
 
-def test_adapters_load_onto_sharded_models_and_are_gathered_from_them(tmp_path):
+def test_adapters_load_onto_sharded_models_and_are_gathered_from_them(tmp_path, one_thread):
     model = adapted()
     trains = [name for name, p in model.named_parameters() if p.requires_grad]
     torch.save({"trains": trains}, tmp_path / "expected.pt")
@@ -167,7 +192,9 @@ def test_adapters_load_onto_sharded_models_and_are_gathered_from_them(tmp_path):
     save_adapter(lora, tmp_path / "lora")
     launch(adapter_scenario, tmp_path)
 
+    first = inject_adamss(base_model(), CONFIG, progress=False).state_dict()
     for rank in range(2):
+        require_equal(torch.load(tmp_path / f"first-{rank}.pt"), first)
         require_equal(torch.load(tmp_path / f"lora-{rank}.pt"), lora.state_dict())
     full = load_adapter(base_model(), tmp_path / "full").state_dict()
     compact = load_adapter(base_model(), tmp_path / "compact").state_dict()
