@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .config import AdaMSSConfig, require_config
 from .distributed import full_tensor, unwrap
-from .importance import ImportanceBank, accumulate, build_banks, measure
+from .importance import ImportanceBank, accumulate, build_banks, measure, sum_over_ranks
 from .model import adamss_layers
 from .row_stack import RowStack
 from .schedule import is_event, scheduled_budget, survivors
@@ -226,9 +226,7 @@ class SubspaceAllocator:
         if self._found_inf is not None:
             # A fused optimizer under GradScaler runs its hooks also when it skips.
             total = torch.where(self._found_inf.to(total.device, non_blocking=True) == 0, total, torch.nan)
-        for stack in {stack.sharding: stack for stack in stacks}.values():
-            total = stack.reduce(total)
-        accumulate(banks, total)
+        accumulate(banks, sum_over_ranks(banks, total))
         self._scored_steps += 1
 
     def _allocate(self, step: int) -> None:

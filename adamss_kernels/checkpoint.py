@@ -21,12 +21,13 @@ from .atomic import replace_file
 from .compact import num_probes, probe, solve
 from .config import AdaMSSConfig
 from .decompose import Decomposition, augmented, rebuild_basis
-from .distributed import full_tensor, is_writer, unwrap, wait_for_writer
+from .distributed import full_tensor, gather_objects, is_sharded, is_writer, reshard, together, unwrap
 from .frozen_linear import BASE_KEYS, LAYERS_BY_METHOD, FrozenLinear, plain_linear
 from .layout import SubspaceLayout
 from .linear import FusedAdaMSSLinear
 from .model import adapted_layers, replace_modules, saved_modules
-from .sketch import SKETCH_SHAPE, relative_difference, sketch
+from .sharded import fill, fill_layers
+from .sketch import SKETCH_SHAPE, relative_difference, sketch, sketch_linear
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +62,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, compact
 
     Args:
         model: A model that `inject_adamss`, `inject_adapter` or `load_adapter` has adapted, merged or not; DDP and
-            `torch.compile` wrappers are looked through. Of DDP's ranks the first writes; under FSDP2 every rank has to
-            call, the first one writes whole tensors, and the call returns everywhere when they are on disk.
+            `torch.compile` wrappers are looked through. Of DDP's ranks the first writes. Under FSDP2 and tensor
+            parallelism every rank has to call: the first one writes the rows of all, and the call returns everywhere
+            when they are on disk. Base weights are not gathered.
         directory: Created where missing.
         compact: Leave out AdaMSS's basis, nearly all of the file, and rebuild it on load from the base weight: for
             where that weight is at hand, or a copy that is rounded a little. Takes float32 arithmetic on any machine.
@@ -73,14 +75,15 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, compact
     Raises:
         ValueError: `model` has no adapted layer, one is on the meta device, or `compact` is asked of a method other
             than AdaMSS or of a B that is not finite. Nothing is written.
+        RuntimeError: Another rank of a sharded model has failed; the message names it. The old checkpoint stays.
     """
-    writes, model = is_writer(model), unwrap(model)
-    layers = adapted_layers(model)
+    root = unwrap(model)
+    layers = adapted_layers(root)
     if not layers:
         raise ValueError("model: has no FusedAdaMSSLinear or adapter; use inject_adamss or inject_adapter first")
-    path = write_layers(layers, saved_modules(model), Path(directory), compact=compact, writes=writes)
-    wait_for_writer(model)
-    return path
+    reshard(root)
+    with together(root):
+        return write_layers(layers, saved_modules(root), Path(directory), compact=compact, writes=is_writer(model))
 
 
 def write_layers(
@@ -120,9 +123,8 @@ def write_layers(
         }
         weight, bias = layer.base_parameters()
         _require_values(name, weight)
-        weight, bias = full_tensor(weight), None if bias is None else full_tensor(bias)
-        if writes:
-            stored["base_sketch"] = sketch(augmented(weight, bias))
+        if writes or is_sharded(weight):
+            stored["base_sketch"] = sketch_linear(weight, bias)
         if isinstance(layer, FusedAdaMSSLinear):
             config = layer.config.to_dict()
             if header.setdefault("config", config) != config:
@@ -161,6 +163,10 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], *, strict:
     Of a compact file B and basis are rebuilt, so that their product is the trained one; level INFO of the log says for
     each layer how nearly. Nothing is changed unless everything fits.
 
+    A model whose parameters are spread over ranks, by FSDP2 or tensor parallelism, has to be adapted before it is
+    spread, with the ranks of the file: then every rank calls, and takes its rows into the parameters that are there.
+    On a base that is wholly on the meta device this function sets up just that, without values.
+
     Args:
         model: The base model, or one that is already adapted (its adapted layers are replaced).
         directory: Where `save_adapter` wrote.
@@ -174,27 +180,68 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], *, strict:
         FileNotFoundError: There is no checkpoint in `directory`.
         ValueError: The file is truncated, of another format or version, lacks a tensor or has one of a wrong shape;
             or a base weight is not the one trained on, nor a rounding of it. The message names the layer.
+        RuntimeError: Another rank of a sharded model has failed; the message names it.
 
     Warns:
         BaseWeightWarning: A base weight, or the update of a compact file, differs from the trained one; the message
             says by how much.
+        UserWarning: The base is on the meta device: only shapes are set up.
     """
     root = unwrap(model)
     path = Path(directory) / TENSORS_FILE
-    checkpoint = read_checkpoint(path)
+    reshard(root)
+    with together(root):
+        checkpoint = read_checkpoint(path)
     extra = adapted_layers(root).keys() - checkpoint.header["layers"].keys()
     if extra:
         raise ValueError(f"{path}: has no layer {min(extra)!r}, which is adapted in this model")
+    spread = any(is_sharded(parameter) for parameter in root.parameters())
+    if spread:
+        _require_same_file(root, checkpoint)
+    shapes_only = all(_has_no_values_yet(_find(root, name, path)) for name in checkpoint.header["layers"])
 
-    layers, saved = build_layers(lambda name: _find(root, name, path), checkpoint, strict)
-    for name, state in saved.items():
-        root.get_submodule(name).load_state_dict(state)
+    def find(name: str) -> nn.Module:
+        module = _find(root, name, path)
+        if spread and name in checkpoint.header["layers"] and not isinstance(module, FrozenLinear):
+            raise ValueError(
+                f"{name}: expected an adapted layer in a model that is sharded, got {type(module).__qualname__}; adapt "
+                "the model first, also on the meta device (inject_adamss or load_adapter), then shard it"
+            )
+        return module
+
+    layers, saved = build_layers(find, checkpoint, strict, shapes_only=shapes_only and not spread)
+    if spread:
+        fill_layers(root, layers, "file")
+        for name, state in saved.items():
+            fill(root.get_submodule(name), state)
+        return model
+    if shapes_only:
+        warnings.warn(f"{path}: {_ON_META}: only shapes are set up; load the adapter again when it has", stacklevel=2)
+    else:
+        for name, state in saved.items():
+            root.get_submodule(name).load_state_dict(state)
     replace_modules(root, layers)
     return model
 
 
+def _has_no_values_yet(module: nn.Module) -> bool:
+    """Whether the base of a layer is on the meta device, and not because accelerate keeps its values elsewhere."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.is_meta and not hasattr(module, "_hf_hook")
+
+
+def _require_same_file(root: nn.Module, checkpoint: Checkpoint) -> None:
+    """Check that all ranks have read the same: then everything else that is checked comes out alike on all of them."""
+    contents = gather_objects(root, checkpoint.contents())
+    for rank, other in enumerate(contents):
+        if other != contents[0]:
+            raise ValueError(
+                f"{checkpoint.path}: rank {rank} has read another file than rank 0; expected the same on all ranks"
+            )
+
+
 def build_layers(
-    find: Callable[[str], nn.Module], checkpoint: Checkpoint, strict: bool
+    find: Callable[[str], nn.Module], checkpoint: Checkpoint, strict: bool, *, shapes_only: bool = False
 ) -> tuple[dict[str, FrozenLinear], dict[str, dict[str, Tensor]]]:
     """Return the layers of a checkpoint over those of a model, and the states of the modules that were saved whole.
 
@@ -202,6 +249,7 @@ def build_layers(
         find: Returns the model's module of a name, which is left as it is.
         checkpoint: Read from a file.
         strict: As in `load_adapter`.
+        shapes_only: Take a base on the meta device, over which the layers have shapes but no values.
 
     Raises:
         ValueError: As `load_adapter`.
@@ -209,7 +257,7 @@ def build_layers(
     header = checkpoint.header
     layers: dict[str, FrozenLinear] = {}
     for name in header["layers"]:  # no comprehension, which would be a level more between a warning and its cause
-        layers[name] = _load_layer(find(name), name, checkpoint, strict)
+        layers[name] = _load_layer(find(name), name, checkpoint, strict, shapes_only)
     saved = {name: _loaded_module(find(name), name, checkpoint) for name in header["modules_to_save"]}
     unused = checkpoint.tensors.keys() - checkpoint.used
     if unused:
@@ -255,6 +303,10 @@ class Checkpoint:
         self.used.add(key)
         return tensor
 
+    def contents(self) -> tuple[Any, ...]:
+        """Return what tells one file from another without reading its tensors."""
+        return self.header, [(key, tuple(t.shape), str(t.dtype)) for key, t in sorted(self.tensors.items())]
+
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Return the contents of a file that `save_adapter` wrote.
@@ -286,7 +338,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, header, tensors)
 
 
-def _load_layer(module: nn.Module, name: str, checkpoint: Checkpoint, strict: bool) -> FrozenLinear:
+def _load_layer(module: nn.Module, name: str, checkpoint: Checkpoint, strict: bool, shapes_only: bool) -> FrozenLinear:
     """Build the layer that replaces `module`, after checking everything that it is built from."""
     info = checkpoint.header["layers"][name]
     N, D = info["out_features"], info["in_features"]
@@ -309,9 +361,10 @@ def _load_layer(module: nn.Module, name: str, checkpoint: Checkpoint, strict: bo
         )
         raise ValueError(f"{name}: the adapter was trained on a weight of shape {expected}, got {got}")
 
-    _require_values(name, weight)
     trained_on = checkpoint.take(f"layers.{name}.base_sketch", SKETCH_SHAPE)
-    _check_base(name, sketch(augmented(weight, bias)), trained_on, strict)
+    if not shapes_only:
+        _require_values(name, weight)
+        _check_base(name, sketch_linear(weight, bias), trained_on, strict)
     layer = (
         _load_related(name, weight, bias, checkpoint)
         if "method" in info
@@ -342,13 +395,18 @@ def _load_adamss(
     if not checkpoint.header["compact"]:
         basis = checkpoint.take(f"layers.{name}.basis", (R, D))
         basis_bias = checkpoint.take(f"layers.{name}.basis_bias", (R,)) if info["bias"] else None
+    elif weight.is_meta:
+        key, shape = ("basis_sketch", SKETCH_SHAPE) if has_B else ("probed_B", (rho, num_probes(R)))
+        checkpoint.take(f"layers.{name}.{key}", shape)
+        basis, basis_bias = weight.new_empty(R, D), weight.new_empty(R) if info["bias"] else None
+        t.setdefault("B", t["C"].new_empty(rho, R))
     elif has_B:
         stored = checkpoint.take(f"layers.{name}.basis_sketch", SKETCH_SHAPE)
-        basis, basis_bias = rebuild_basis(weight, bias, config, name=name)
+        basis, basis_bias = rebuild_basis(*_whole(weight, bias), config, name=name)
         _check_update(name, relative_difference(sketch(augmented(basis, basis_bias)), stored), strict)
     else:
         Z = checkpoint.take(f"layers.{name}.probed_B", (rho, num_probes(R)))
-        basis, basis_bias, B, difference = _rebuilt(name, weight, bias, config, Z)
+        basis, basis_bias, B, difference = _rebuilt(name, *_whole(weight, bias), config, Z)
         _check_update(name, difference, strict)
         t["B"] = B.to(t["C"])
     try:
@@ -379,9 +437,17 @@ def _load_related(name: str, weight: Tensor, bias: Tensor | None, checkpoint: Ch
     return layer
 
 
+def _whole(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return W and bias whole: of a sharded layer one layer's memory for as long as it is decomposed."""
+    return full_tensor(weight), None if bias is None else full_tensor(bias)
+
+
+_ON_META = "the base weight is on the meta device"
+
+
 def _require_values(name: str, weight: Tensor) -> None:
     if weight.is_meta:
-        raise ValueError(f"{name}: the base weight is on the meta device; load the base model's weights first")
+        raise ValueError(f"{name}: {_ON_META}; load the base model's weights first")
 
 
 def _check_base(name: str, found: Tensor, expected: Tensor, strict: bool) -> None:

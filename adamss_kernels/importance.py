@@ -68,6 +68,13 @@ def measure(banks: Sequence[ImportanceBank]) -> Tensor:
     return functools.reduce(torch.add, (bank.measure().to(home, non_blocking=True) for bank in banks))
 
 
+def sum_over_ranks(banks: Sequence[ImportanceBank], total: Tensor) -> Tensor:
+    """Sum what `measure` returned over the ranks that hold other rows, in place where there are such."""
+    for stack in {stack.sharding: stack for bank in banks for stack in bank.stacks}.values():
+        total = stack.reduce(total)
+    return total
+
+
 def accumulate(banks: Sequence[ImportanceBank], total: Tensor) -> None:
     """Let the averages of all `banks` take in what `measure` computed, unless its sum `total` is not finite."""
     if total.device.type == "cpu":

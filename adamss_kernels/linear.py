@@ -205,18 +205,23 @@ class FusedAdaMSSLinear(FrozenLinear):
         return None if self.basis_bias is None else self._delta(self.basis_bias[:, None])[:, 0]
 
     def _delta(self, basis: Tensor) -> Tensor:
-        acc = torch.promote_types(self.B.dtype, torch.float32)
-        S = self.B.to(acc) @ basis.to(acc)
-        S = S.masked_fill(~column_mask(self.active, self.offsets, S.shape[0])[:, None], 0)
-        return block_diagonal(self.C.to(acc), self.row_subspace, self.offsets, S.shape[0]).T @ S
+        rows = Subspaces(None, None, self.row_subspace, self.offsets, self.active)
+        return delta(self.B, self.C, rows, basis)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedAdaMSSLinear:
         super()._apply(fn, recurse)
         if self.row_subspace is not self._layout.row_subspace and not self.row_subspace.is_meta:
             # Kernels index by them, and after `to_empty` they hold garbage until a state dict is loaded.
+            if self._layout.row_subspace.is_meta:
+                # Any map that is valid, so that a state dict of the base weights alone can be loaded first.
+                N, K = self.row_subspace.shape[0], self._layout.num_subspaces
+                self.row_subspace.copy_(torch.arange(N, device="cpu") % K)
             self.row_subspace.clamp_(0, self._layout.num_subspaces - 1)
             starts = [0, *itertools.accumulate(self._layout.ranks)]
-            self.offsets = torch.tensor(starts, dtype=torch.int32, device=self.row_subspace.device)
+            self.offsets, self.ranks = (
+                torch.tensor(values, dtype=torch.int32, device=self.row_subspace.device)
+                for values in (starts, self._layout.ranks)
+            )
         # The buffers have been moved or replaced.
         self._layout = self._layout.with_tensors(self.row_subspace, self.offsets)
         if self._idle is not None:
@@ -248,6 +253,23 @@ class FusedAdaMSSLinear(FrozenLinear):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"R={self.basis.shape[0]}, K={self._layout.num_subspaces}, RHO={self._layout.rho}, merged={self.merged}"
         )
+
+
+def delta(B: Tensor, C: Tensor, subspaces: Subspaces, basis: Tensor) -> Tensor:
+    """Return C^T-weighted sums of the rows of B A by the active subspaces: (N, columns of `basis`), float32 at least.
+
+    Args:
+        B: (RHO, R).
+        C: (N, r_max).
+        subspaces: Its row map (N,) and masks count.
+        basis: A (R, D), or some columns of it.
+    """
+    _, _, row_subspace, offsets, active, *_ = subspaces
+    assert active is not None
+    acc = torch.promote_types(B.dtype, torch.float32)
+    S = B.to(acc) @ basis.to(acc)
+    S = S.masked_fill(~column_mask(active, offsets, S.shape[0])[:, None], 0)
+    return block_diagonal(C.to(acc), row_subspace, offsets, S.shape[0]).T @ S
 
 
 def _is_recording(tensor: Tensor) -> bool:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from .config import AdaMSSConfig, require_config
-from .decompose import decompose
+from .decompose import Decomposition, decompose
 from .frozen_linear import FrozenLinear
 from .linear import FusedAdaMSSLinear
 from .targets import modules_named, target_linears
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
-def inject_adamss(model: nn.Module, config: AdaMSSConfig, *, progress: bool = True) -> nn.Module:
+
+def inject_adamss(
+    model: nn.Module, config: AdaMSSConfig, *, progress: bool = True, group: ProcessGroup | None = None
+) -> nn.Module:
     """Replace the targeted `nn.Linear`s by `FusedAdaMSSLinear` and freeze everything else.
 
     Trainable afterwards: B and C of every adapted layer, and all parameters under `config.modules_to_save`. What an
@@ -27,6 +32,8 @@ def inject_adamss(model: nn.Module, config: AdaMSSConfig, *, progress: bool = Tr
         config: Hyperparameters; `target_modules`, `modules_to_save`, `layers_to_transform` and `layers_pattern` choose
             the layers, as in PEFT.
         progress: Show a progress bar with layer names and remaining time (initialisation runs an SVD per layer).
+        group: Ranks that have the same model and share its layers out among themselves: each decomposes some, and all
+            get the results, so that all start from the same bits. Every one of them has to call. None for alone.
 
     Returns:
         `model` itself.
@@ -36,17 +43,27 @@ def inject_adamss(model: nn.Module, config: AdaMSSConfig, *, progress: bool = Tr
             wrapped in DDP.
         TypeError: A target is not exactly an `nn.Linear` (but a subclass, a `Conv1D`, a quantised layer), so that its
             forward cannot be replaced safely, or its weight is quantised or sharded. The message names it.
+        RuntimeError: Another rank of `group` has failed.
 
     Warns:
         UserWarning: Without `target_modules`, such layers are passed over; the message says how many of which class.
     """
     require_config(config)
 
+    shared: dict[str, Decomposition] = {}
+
+    def share_out(linears: Mapping[str, nn.Linear]) -> None:
+        from .shared_init import decompose_on_ranks
+
+        assert group is not None
+        shared.update(decompose_on_ranks(linears, config, group, progress=progress))
+
     def build(linear: nn.Linear, name: str) -> FusedAdaMSSLinear:
-        decomposition = decompose(linear.weight, linear.bias, config, name=name)
+        decomposition = shared.get(name) or decompose(linear.weight, linear.bias, config, name=name)
         return FusedAdaMSSLinear(linear.weight, linear.bias, decomposition, config)
 
-    replace_targets(model, config, build, title="AdaMSS init", progress=progress)
+    prepare = None if group is None else share_out
+    replace_targets(model, config, build, prepare, title="AdaMSS init", progress=progress and group is None)
     return model
 
 
@@ -54,13 +71,15 @@ def replace_targets(
     model: nn.Module,
     selection: AdaMSSConfig,
     build: Callable[[nn.Linear, str], FrozenLinear],
+    prepare: Callable[[Mapping[str, nn.Linear]], None] | None = None,
     *,
     title: str,
     progress: bool,
 ) -> None:
     """Replace the linear layers that `selection` targets by what `build(linear, name)` makes of each, all or none.
 
-    `build` shares the parameters of the linear layer and leaves them as they are. Raises as `inject_adamss` does.
+    `build` shares the parameters of the linear layer and leaves them as they are. Where there is a `prepare`, it is
+    called before that with all that `build` will be called for and that has values. Raises as `inject_adamss` does.
     """
     from tqdm.auto import tqdm
 
@@ -77,6 +96,9 @@ def replace_targets(
     modules_named(model, selection.modules_to_save or ())
     targets = target_linears(model, selection)
 
+    if prepare is not None:
+        first = {linear: name for name, linear in reversed(targets.items())}
+        prepare({name: linear for linear, name in first.items() if not linear.weight.is_meta})
     layers: dict[nn.Linear, FrozenLinear] = {}
     with tqdm(targets.items(), desc=title, unit="layer", disable=not progress) as bar:
         for name, linear in bar:

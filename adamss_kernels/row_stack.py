@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .distributed import full_tensor
+from .distributed import full_tensor, shard_like, sum_over_shards, with_sharding
 
 
 class Member(NamedTuple):
@@ -131,13 +131,7 @@ class RowStack:
 
     def reduce(self, tensor: Tensor) -> Tensor:
         """Sum `tensor` in place over the ranks that hold other rows of this stack, and return it."""
-        if self._mesh is not None:
-            import torch.distributed as dist
-
-            for dim, placement in enumerate(self._placements):
-                if placement.is_shard():
-                    dist.all_reduce(tensor, group=self._mesh.get_group(dim))
-        return tensor
+        return sum_over_shards(tensor, self.members[0].parameter)
 
     def freeze(self, frozen: Tensor) -> None:
         """Choose the rows that `save_rows` and `restore_rows` protect: those of the subspaces in `frozen` (bool, CPU).
@@ -184,22 +178,18 @@ class RowStack:
 
     def export(self, stacked: Tensor) -> dict[str, Tensor]:
         """Cut a copy of `stacked` (rows, width) into the members' matrices, sharded as they are."""
-        parts = stacked.clone().split(self._rows)
-        if self._mesh is None:
-            return {member.key: part.clone() for member, part in zip(self.members, parts, strict=True)}
-        from torch.distributed.tensor import DTensor
+        return {
+            member.key: with_sharding(part.clone(), member.parameter)
+            for member, part in zip(self.members, self.parts(stacked), strict=True)
+        }
 
-        matrices: dict[str, Tensor] = {}
-        for member, part in zip(self.members, parts, strict=True):
-            shape, stride = member.parameter.shape, member.parameter.stride()
-            matrices[member.key] = DTensor.from_local(
-                part.clone(), self._mesh, self._placements, run_check=False, shape=shape, stride=stride
-            )
-        return matrices
+    def parts(self, stacked: Tensor) -> tuple[Tensor, ...]:
+        """Return this rank's rows of each member as views of `stacked` (rows, width)."""
+        return stacked.split(self._rows)
 
     def load(self, stacked: Tensor, matrices: Mapping[str, Tensor]) -> None:
         """Fill `stacked` (rows, width) from what `export` returned, also when it was sharded otherwise."""
-        for member, part in zip(self.members, stacked.split(self._rows), strict=True):
+        for member, part in zip(self.members, self.parts(stacked), strict=True):
             part.copy_(self._local_rows(full_tensor(matrices[member.key])))
 
     def require(self, matrices: Mapping[str, Tensor]) -> None:
@@ -227,12 +217,8 @@ class RowStack:
         """Return this rank's rows of a tensor whose rows are those of a member, on the tensor's device."""
         if self._mesh is None:
             return full
-        from torch.distributed.tensor import distribute_tensor
-
-        # Without a source rank nothing is sent: every rank has the whole tensor and cuts its own part.
-        device = full.device
-        full = full.to(self._mesh.device_type)
-        return distribute_tensor(full, self._mesh, self._placements, src_data_rank=None).to_local().to(device)
+        local: Any = shard_like(full, self.members[0].parameter)
+        return local.to_local().to(full.device)
 
     def _stack(self, tensors: list[Tensor], out: Tensor) -> Tensor:
         """Put this rank's part of the members' `tensors` on top of each other into `out`."""
@@ -272,6 +258,6 @@ def stack_key(member: Member) -> tuple[Any, ...]:
     """
     parameter = member.parameter
     placements = tuple(getattr(parameter, "placements", ()))
-    if any(placement.is_shard() and placement.dim != 0 for placement in placements):
+    if any(not placement.is_replicate() and placement.dim != 0 for placement in placements):
         raise NotImplementedError(f"{member.key}: expected a parameter sharded along dimension 0, got {placements}")
     return parameter.device, parameter.dtype, parameter.shape[1], getattr(parameter, "device_mesh", None), placements

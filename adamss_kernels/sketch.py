@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
+
+from .distributed import full_tensor, is_sharded
 
 _SIZE = 8
 SKETCH_SHAPE = (_SIZE, _SIZE)
@@ -29,6 +33,33 @@ def sketch(matrix: Tensor) -> Tensor:
         rows = matrix.detach()[start : start + 1024].to("cpu", dtype)
         total += left[start : start + 1024].T @ (rows @ right).double()
     return total
+
+
+def sketch_linear(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the sketch of [weight | bias]: (8, 8) float64 on the CPU.
+
+    Args:
+        weight: W (N, D). Of a DTensor each rank takes its part, and the parts are summed (a collective call).
+        bias: (N,), sharded over the same ranks, or None.
+    """
+    if not is_sharded(weight):
+        return sketch(weight.detach() if bias is None else torch.cat((weight.detach(), bias.detach()[:, None]), 1))
+    N, D = weight.shape
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    left, right = random_signs(N, _SIZE, stream=1), random_signs(D + (bias is not None), _SIZE, stream=2)
+    rows = weight.detach().to(dtype) @ _replicated(right[:D].to(dtype), weight)
+    total = full_tensor(_replicated(left.T, weight) @ rows.double()).cpu()
+    if bias is not None:
+        total += (left.T @ full_tensor(bias.detach()).cpu().double())[:, None] * right[D]
+    return total
+
+
+def _replicated(whole: Tensor, example: Tensor) -> Tensor:
+    """Return `whole`, which all ranks hold, as a DTensor on the mesh of `example`."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh: Any = example.device_mesh  # type: ignore[attr-defined]
+    return DTensor.from_local(whole.to(mesh.device_type), mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
 def relative_difference(found: Tensor, expected: Tensor) -> float:

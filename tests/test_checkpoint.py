@@ -328,10 +328,18 @@ def test_a_layer_with_two_names_is_loaded_under_both_and_tied_weights_stay_tied(
         fresh = load_adapter(fresh, tmp_path)
 
 
-def test_a_base_without_values_is_refused_by_name(tmp_path):
+def test_a_base_that_has_no_values_gets_shapes_and_one_that_lacks_some_is_refused_by_name(tmp_path):
     save_adapter(trained(base_model()), tmp_path)
     with torch.device("meta"):
         model = base_model()
+    with pytest.warns(UserWarning, match="the base weight is on the meta device: only shapes are set up"):
+        shapes = load_adapter(model, tmp_path).state_dict()
+    loaded = load_adapter(base_model(), tmp_path).state_dict()
+    assert {key: t.shape for key, t in shapes.items()} == {key: t.shape for key, t in loaded.items()}
+    assert all(t.is_meta for t in shapes.values())
+
+    model = base_model()
+    model.first.to("meta")
     with pytest.raises(ValueError, match="first: the base weight is on the meta device; load the base model's weights"):
         load_adapter(model, tmp_path)
     with pytest.raises(ValueError, match="first: the base weight is on the meta device"):

@@ -1,17 +1,14 @@
 """DDP and FSDP2 take the decisions of one process, and a rank that dies leaves the last checkpoint whole."""
 
 import copy
-import datetime
-import multiprocessing
 import os
 import signal
-import socket
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from ranks import launch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -91,35 +88,6 @@ def sharded(model):
     for layer in adamss_layers(model).values():
         fully_shard(layer)
     return fully_shard(model)
-
-
-def launch(scenario, folder, *, expect_success=True):
-    """Run `scenario(rank, folder)` in two processes of a gloo group; return their exit codes."""
-    # Forked from a server that has imported everything once, and that has no threads which a fork could break.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    processes = [context.Process(target=in_group, args=(scenario, rank, folder)) for rank in range(RANKS)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        if process.is_alive():
-            process.kill()
-    codes = [process.exitcode for process in processes]
-    assert not expect_success or codes == [0] * RANKS
-    return codes
-
-
-def in_group(scenario, rank, folder):
-    torch.set_num_threads(1)
-    if "lo" in (name for _, name in socket.if_nameindex()):
-        # Else gloo looks up the host's name, which takes seconds where no name server answers.
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    init = f"file://{folder}/rendezvous"
-    timeout = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=RANKS, timeout=timeout)
-    scenario(rank, Path(folder))
-    dist.destroy_process_group()
 
 
 def export(model, folder):
@@ -258,3 +226,61 @@ def reshard_scenario(rank, folder):
         state[key] = {name: full_tensor(t) for name, t in state[key].items()}
     if rank == 0:
         torch.save(state, folder / "back.pt")
+
+
+def test_ranks_share_layers_out_and_start_from_the_same_bits(tmp_path, one_thread):
+    launch(shared_init_scenario, tmp_path, ranks=3)
+    for dtype in (torch.float32, torch.bfloat16):
+        expected = inject_adamss(shared_model().to(dtype), SHARED, progress=False)
+        for rank in range(3):
+            state = torch.load(tmp_path / f"{dtype}-{rank}.pt")
+            assert state.keys() == expected.state_dict().keys()
+            for key, tensor in expected.state_dict().items():
+                assert torch.equal(state[key], tensor), key
+    counts = [torch.load(tmp_path / f"decomposed-{rank}.pt") for rank in range(3)]
+    assert counts == [2, 1, 1]
+
+
+SHARED = AdaMSSConfig(r=6, num_subspaces=4, subspace_rank=2, use_dynamic_rank=True, init_weights=None)
+
+
+def shared_model():
+    """Four layers, one of them under two names."""
+    model = base_model()
+    model.append(nn.Linear(7, 5, bias=False))
+    model.add_module("again", model[0])
+    return model
+
+
+def shared_init_scenario(rank, folder):
+    import adamss_kernels.shared_init as shared_init
+
+    count, decompose = 0, shared_init.decompose
+
+    def counting(*args, **options):
+        nonlocal count
+        count += 1
+        return decompose(*args, **options)
+
+    shared_init.decompose = counting
+    group = dist.group.WORLD
+    model = inject_adamss(shared_model(), SHARED, progress=False, group=group)
+    assert model.again is model[0]
+    torch.save(count, folder / f"decomposed-{rank}.pt")
+    torch.save(model.state_dict(), folder / f"{torch.float32}-{rank}.pt")
+    model = inject_adamss(shared_model().to(torch.bfloat16), SHARED, progress=False, group=group)
+    torch.save(model.state_dict(), folder / f"{torch.bfloat16}-{rank}.pt")
+
+    with torch.device("meta"):
+        inject_adamss(base_model(), AdaMSSConfig(r=6), progress=False, group=group)
+    model = shared_model()
+    if rank == 1:
+        # The layer that is decomposed by the second rank.
+        model[2].weight.data.fill_(float("nan"))
+    message = "2: expected finite values, found NaN"
+    error = (ValueError, message) if rank == 1 else (RuntimeError, f"rank 1 of the group has failed: {message}")
+    with pytest.raises(error[0], match=error[1]):
+        inject_adamss(model, SHARED, progress=False, group=group)
+    assert not adamss_layers(model)
+    with pytest.raises(ValueError, match="group: expected the same layers on all ranks, but rank"):
+        inject_adamss(nn.Sequential(nn.Linear(3 + (rank == 2), 4)), SHARED, progress=False, group=group)

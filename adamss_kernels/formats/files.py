@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..atomic import replace_file
-from ..distributed import full_tensor, is_writer, unwrap, wait_for_writer
+from ..distributed import full_tensor, is_writer, reshard, together, unwrap
 from ..linear import FusedAdaMSSLinear
 from ..model import adamss_layers, adapted_layers, saved_modules, saved_names
 
@@ -51,6 +51,7 @@ def exportable_layers(model: nn.Module) -> dict[str, FusedAdaMSSLinear]:
         ValueError: There is none, one of another method besides, or one is registered under two names.
     """
     root = unwrap(model)
+    reshard(root)
     layers = adamss_layers(root)
     if not layers:
         raise ValueError("model: has no FusedAdaMSSLinear; adapt it with inject_adamss first")
@@ -126,11 +127,12 @@ def write_checkpoint(
     # Copies: safetensors refuses tensors that share memory.
     tensors = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
     directory = Path(directory)
-    if is_writer(model):
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / PEFT_CONFIG_FILE).unlink(missing_ok=True)
-        replace_file(directory / PEFT_TENSORS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-        text = json.dumps(header, indent=2, sort_keys=True)
-        replace_file(directory / PEFT_CONFIG_FILE, lambda path: path.write_text(text + "\n"))
-    wait_for_writer(unwrap(model))
+    with together(unwrap(model)):
+        if is_writer(model):
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / PEFT_CONFIG_FILE).unlink(missing_ok=True)
+            tensors_file = directory / PEFT_TENSORS_FILE
+            replace_file(tensors_file, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+            text = json.dumps(header, indent=2, sort_keys=True)
+            replace_file(directory / PEFT_CONFIG_FILE, lambda path: path.write_text(text + "\n"))
     return directory / PEFT_TENSORS_FILE

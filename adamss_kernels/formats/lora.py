@@ -87,4 +87,4 @@ def _lora_factors(layer: FusedAdaMSSLinear) -> tuple[Tensor, Tensor, Tensor | No
     bias_update = None
     if layer.basis_bias is not None:
         bias_update = (dense @ (B_active @ layer.basis_bias.double())).to(B.dtype)
-    return (B_active @ layer.basis.double()).to(B.dtype), dense.to(C.dtype), bias_update
+    return (B_active @ full_tensor(layer.basis).double()).to(B.dtype), dense.to(C.dtype), bias_update

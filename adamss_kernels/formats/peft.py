@@ -93,7 +93,7 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str], *, progress
             prefix = f"{PREFIX}{name}."
             tensors |= {f"{prefix}adamss_A.{k}": B_k for k, B_k in enumerate(B)}
             tensors |= {f"{prefix}adamss_B.{k}": C_k for k, C_k in enumerate(C)}
-            tensors[f"{prefix}adamss_newB"] = augmented(layer.basis, layer.basis_bias)
+            tensors[f"{prefix}adamss_newB"] = augmented(full_tensor(layer.basis), layer.basis_bias)
             frozen += int((layer.active & ~layer.trainable).sum())
             bases.append(layer.basis.shape[0])
     if frozen:

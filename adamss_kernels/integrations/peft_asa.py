@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..importance import ImportanceBank, accumulate, measure, stack_banks
+from ..distributed import full_tensor, is_sharded, shard_like, sum_over_shards, with_sharding
+from ..importance import ImportanceBank, accumulate, measure, stack_banks, sum_over_ranks
 from ..row_stack import Member
 from ..schedule import is_event, scheduled_budget, survivors
 
@@ -84,7 +85,7 @@ class AdapterAllocation:
         if any(has_grad):
             if not self._is_bound(parameters, has_grad):
                 self._bind(has_grad)
-            accumulate(self._banks, measure(self._banks))
+            accumulate(self._banks, sum_over_ranks(self._banks, measure(self._banks)))
         if is_event(step, self._config, peft_budget is None):
             self._allocate(step, peft_budget)
             for layer in self._layers.values():
@@ -132,14 +133,14 @@ class AdapterAllocation:
         betas = (self._config.asa_importance_beta, self._config.asa_uncertainty_beta)
         self._banks, self._bound, self._views = stack_banks(parts, 1, betas), has_grad, []
         for stack in (stack for bank in self._banks for stack in bank.stacks):
-            rows = [member.parameter.shape[0] for member in stack.members]
-            views = zip(stack.members, stack.importance.split(rows), stack.uncertainty.split(rows), strict=True)
-            for member, importance, uncertainty in views:
+            matrices = zip(stack.members, stack.parts(stack.importance), stack.parts(stack.uncertainty), strict=True)
+            for member, *rows in matrices:
+                importance, uncertainty = (with_sharding(part, member.parameter) for part in rows)
                 matrix = chosen[id(member.layer), member.which]
                 for values, view in ((matrix.importance, importance), (matrix.uncertainty, uncertainty)):
                     before = values[self._adapter][matrix.k]
                     if before is not None:
-                        view.copy_(before)
+                        view.copy_(before if is_sharded(before) else shard_like(before, view))
                     values[self._adapter][matrix.k] = view
                 self._views.append((matrix, importance, uncertainty))
 
@@ -156,10 +157,9 @@ class AdapterAllocation:
             averages = (layer.exp_avg_ipt_A, layer.exp_avg_unc_A, layer.exp_avg_ipt_B, layer.exp_avg_unc_B)
             for of_A, unc_A, of_B, unc_B in zip(*(lists[self._adapter] for lists in averages), strict=True):
                 ranked.append(of_A is not None and of_B is not None)
-                scores.append((of_A * unc_A).mean() + (of_B * unc_B).mean() if ranked[-1] else zero)
-        return torch.stack([score.to(zero.device, torch.float32) for score in scores]).cpu(), torch.tensor(
-            ranked, device="cpu"
-        )
+                scores.append(_mean(of_A, unc_A) + _mean(of_B, unc_B) if ranked[-1] else zero)
+        total = torch.stack([score.to(zero.device, torch.float32) for score in scores])
+        return sum_over_shards(total, self._matrices[0].member.parameter).cpu(), torch.tensor(ranked, device="cpu")
 
     def _allocate(self, step: int, peft_budget: int | None) -> None:
         """Hold the event at `step`: rank the subspaces and freeze those beyond the budget."""
@@ -204,8 +204,15 @@ class AdapterAllocation:
         # Nothing was taken in since the last event: was no gradient finite?
         for name, k, *matrices in pairs:
             for parameter in matrices:
-                if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+                if parameter.grad is not None and not bool(torch.isfinite(full_tensor(parameter.grad)).all()):
                     raise ValueError(
                         f"{name}: the gradient of subspace {k} is not finite at step {step}, and no step since the "
                         "last event could be scored: expected finite gradients"
                     )
+
+
+def _mean(importance: Any, uncertainty: Any) -> Tensor:
+    """Return the mean of the product; of DTensors this rank's share in it."""
+    if not is_sharded(importance):
+        return (importance * uncertainty).mean()
+    return (importance.to_local() * uncertainty.to_local()).sum() / importance.numel()

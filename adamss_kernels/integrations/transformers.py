@@ -18,7 +18,7 @@ from transformers.trainer_callback import ExportableState
 
 from ..asa import SubspaceAllocator
 from ..config import ASA_FIELDS, AdaMSSConfig
-from ..distributed import full_tensor, unwrap
+from ..distributed import full_tensor, is_sharded, shard_like, unwrap
 from ..model import adamss_layers
 from ..schedule import is_event
 
@@ -37,6 +37,9 @@ class ASACallback(TrainerCallback, ExportableState):
     step 1. The state goes into `trainer_state.json`, so a checkpoint that the Trainer can resume from has it, and a
     resumed run takes the decisions that the unbroken one would have taken. The Trainer's logs get `asa/active`, the
     number of subspaces still trained, and `asa/total`.
+
+    Under FSDP2 the ranks put their rows of the averages together at the end of each step after which a checkpoint is
+    written, which then loads on any number of ranks. A callback that asks for one has to come before this one.
 
     Attributes:
         overrides: The config fields that are replaced.
@@ -67,6 +70,7 @@ class ASACallback(TrainerCallback, ExportableState):
             self.overrides[name] = value
         self.verbose = verbose
         self._target: _OurLayers | _PeftModel | None = None
+        self._gathered: dict[str, Any] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, optimizer: Any, **_: Any) -> None:
         """Find the adapted layers; when the Trainer resumes, restore the state of the checkpoint.
@@ -74,7 +78,6 @@ class ASACallback(TrainerCallback, ExportableState):
         Raises:
             ValueError: The model has no AdaMSS layer or has `use_asa` off, an override is not valid, or the checkpoint
                 has no state of this callback.
-            NotImplementedError: Our layers are sharded by FSDP2.
 
         Warns:
             UserWarning: Training ends before `final_warmup`, so before the last event.
@@ -96,6 +99,7 @@ class ASACallback(TrainerCallback, ExportableState):
                     "written without one?"
                 )
             self._target.load(*_decode(allocation))
+        self._gather()
         # The Trainer fills this entry at every checkpoint, but does not make it when it resumes.
         state.stateful_callbacks[type(self).__name__] = self.state()
 
@@ -103,6 +107,7 @@ class ASACallback(TrainerCallback, ExportableState):
         """Score the step that the optimizer has just done; the Trainer counts it only afterwards."""
         assert self._target is not None
         step = state.global_step + 1
+        self._gathered = None
         before = self._target.active_counts() if self.verbose and self._target.is_event(step) else None
         self._target.update(step)
         if before is not None:
@@ -116,6 +121,29 @@ class ASACallback(TrainerCallback, ExportableState):
                 ", ".join(emptied) or "none",
             )
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Put the state together where a checkpoint follows, of which the Trainer asks the first rank alone."""
+        if control.should_save:
+            self._gather()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Likewise, for checkpoints at the ends of epochs."""
+        self.on_step_end(args, state, control)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Likewise, for checkpoints that the evaluation decides about."""
+        if self._target is not None and args.save_strategy == "best":
+            self._gather()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Likewise, for what asks for the state after training."""
+        self._gather()
+
+    def _gather(self) -> None:
+        """Under FSDP2, put the state of all ranks together (a collective call), unless it has been done already."""
+        if self._target is not None and self._target.is_sharded() and self._gathered is None:
+            self._gathered = _encode(*self._target.save())
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         """Add the number of active subspaces to the logs, and to the history that `trainer_state.json` keeps."""
         if self._target is None or logs is None:
@@ -126,8 +154,20 @@ class ASACallback(TrainerCallback, ExportableState):
             state.log_history[-1].update(counts)
 
     def state(self) -> dict[str, Any]:
-        """Return what `trainer_state.json` keeps: the arguments, and the averages, masks and history."""
-        allocation = None if self._target is None else _encode(*self._target.save())
+        """Return what `trainer_state.json` keeps: the arguments, and the averages, masks and history.
+
+        Raises:
+            RuntimeError: Under FSDP2, a checkpoint is written that this callback did not know of in time.
+        """
+        if self._target is None or self._target.is_sharded():
+            allocation = self._gathered
+        else:
+            allocation = _encode(*self._target.save())
+        if self._target is not None and allocation is None:
+            raise RuntimeError(
+                "ASACallback: a checkpoint is written that was not asked for by the end of the step, when all ranks "
+                "put their rows together; pass the callback that asks for it before ASACallback"
+            )
         return {"args": {"verbose": self.verbose, **self.overrides}, "attributes": {"allocation": allocation}}
 
 
@@ -140,17 +180,16 @@ class _OurLayers:
         self._config = dataclasses.replace(config, **overrides)
         if not config.use_asa:
             raise ValueError("ASACallback: expected AdaMSSConfig.use_asa = True in the model's config, got False")
-        if any(hasattr(layer.B, "device_mesh") for layer in layers.values()):
-            raise NotImplementedError(
-                "ASACallback: expected whole parameters, got sharded ones, whose averages the Trainer would save on "
-                "one rank only; under FSDP2 call a SubspaceAllocator in a training loop of your own"
-            )
+        self._layers = list(layers.values())
         self._allocator = SubspaceAllocator(model, self._config)
         self._allocator.attach(optimizer)
         self._total = sum(layer.layout.num_subspaces for layer in layers.values())
 
     def configs(self) -> list[Any]:
         return [self._config]
+
+    def is_sharded(self) -> bool:
+        return any(is_sharded(parameter) for layer in self._layers for parameter in (layer.B, layer.C))
 
     def total(self) -> int:
         return self._total
@@ -210,6 +249,9 @@ class _PeftModel:
             if hasattr(module, "exp_avg_ipt_A") and adapter in module.exp_avg_ipt_A
         }
 
+    def is_sharded(self) -> bool:
+        return any(is_sharded(parameter) for parameter in self._tuner.parameters())
+
     def configs(self) -> list[Any]:
         return [self._tuner.peft_config[name] for name in self._adapters]
 
@@ -238,11 +280,16 @@ class _PeftModel:
             for kind in _PEFT_LISTS:
                 for k, average in enumerate(getattr(module, kind)[adapter]):
                     if average is not None:
-                        tensors[f"{name}/{kind}/{k}"] = average
-            pairs = zip(module.adamss_A[adapter], module.adamss_B[adapter], strict=True)
+                        tensors[f"{name}/{kind}/{k}"] = full_tensor(average)
+            pairs = list(zip(module.adamss_A[adapter], module.adamss_B[adapter], strict=True))
             tensors[f"{name}/trainable"] = torch.tensor(
                 [[A.requires_grad, B.requires_grad] for A, B in pairs], device="cpu"
             )
+            for k, matrices in enumerate(pairs):
+                for which, matrix in zip("AB", matrices, strict=True):
+                    # accelerate's whole state dict of a sharded PEFT model leaves out what does not train (any more).
+                    if is_sharded(matrix) and not matrix.requires_grad:
+                        tensors[f"{name}/frozen_{which}/{k}"] = full_tensor(matrix)
         return tensors, {}
 
     def load(self, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
@@ -256,6 +303,12 @@ class _PeftModel:
             for k, flags in enumerate(trainable.tolist()):
                 for values, flag in zip((module.adamss_A[adapter], module.adamss_B[adapter]), flags, strict=True):
                     values[k].requires_grad_(flag)
+            with torch.no_grad():
+                for which, values in (("A", module.adamss_A[adapter]), ("B", module.adamss_B[adapter])):
+                    for k in range(K):
+                        frozen = tensors.get(f"{name}/frozen_{which}/{k}")
+                        if frozen is not None:
+                            values[k].copy_(shard_like(frozen, values[k]))
             module.reset_importance(adapter)
             for kind in _PEFT_LISTS:
                 for k in range(K):
