@@ -22,6 +22,7 @@ from .checkpoint import (
     SIMILAR_UPDATE,
     TENSORS_FILE,
     BaseWeightWarning,
+    KnownBase,
     build_layers,
     read_checkpoint,
     write_layers,
@@ -31,6 +32,7 @@ from .decompose import augmented
 from .linear import FusedAdaMSSLinear
 from .mixed_batch import MixedBatch, under_way
 from .model import adapted_layers, swap
+from .sketch import sketch_linear
 from .targets import modules_named, target_linears
 
 logger = logging.getLogger(__name__)
@@ -85,9 +87,11 @@ class AdapterBank:
         self._slots: dict[str, int] = {}
         self._in_use: Counter[str] = Counter()
         self._lock = threading.RLock()
+        known: dict[str, KnownBase] = {}
         try:
             for name, directory in (adapters or {}).items():
-                self.load(name, directory, strict=strict)
+                self._load(name, directory, strict, known)
+                known = known or self._known()
         except BaseException:
             self._give_back()
             raise
@@ -118,6 +122,15 @@ class AdapterBank:
         Warns:
             BaseWeightWarning: As `load_adapter`; or the update on the bank's basis is off by more than rounding.
         """
+        self._load(name, directory, strict, self._known())
+
+    def _known(self) -> dict[str, KnownBase]:
+        return {
+            module: KnownBase(sketch_linear(layer.weight, layer.bias), layer.basis, layer.basis_bias)
+            for module, layer in self._layers.items()
+        }
+
+    def _load(self, name: str, directory: str | os.PathLike[str], strict: bool, known: Mapping[str, KnownBase]) -> None:
         self._require_new(name)
         checkpoint = read_checkpoint(Path(directory) / TENSORS_FILE)
         related = [layer for layer, info in checkpoint.header["layers"].items() if "method" in info]
@@ -135,7 +148,7 @@ class AdapterBank:
                 raise ValueError(f"adapter {name!r}: this model has no module {module!r}") from None
 
         try:
-            built, states = build_layers(find, checkpoint, strict)
+            built, states = build_layers(find, checkpoint, strict, known=known)
         except ValueError as error:
             raise ValueError(f"adapter {name!r}: {error}") from error
         layers: dict[str, Any] = built
@@ -369,7 +382,7 @@ def _onto(name: str, module: str, layer: FusedAdaMSSLinear, bank: BankLinear) ->
     if not error <= SIMILAR_UPDATE:
         raise ValueError(f"{message}; up to {SIMILAR_UPDATE} is taken: it was trained on another base")
     if error > SAME_UPDATE:
-        warnings.warn(message, BaseWeightWarning, 5)
+        warnings.warn(message, BaseWeightWarning, 7)
     else:
         logger.info("%s", message)
     layer.B.copy_(B)

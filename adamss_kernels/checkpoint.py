@@ -12,7 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -240,8 +240,21 @@ def _require_same_file(root: nn.Module, checkpoint: Checkpoint) -> None:
             )
 
 
+class KnownBase(NamedTuple):
+    """What need not be computed again of a layer's base weight: its sketch, and the basis to have the update on."""
+
+    sketch: Tensor
+    basis: Tensor
+    basis_bias: Tensor | None
+
+
 def build_layers(
-    find: Callable[[str], nn.Module], checkpoint: Checkpoint, strict: bool, *, shapes_only: bool = False
+    find: Callable[[str], nn.Module],
+    checkpoint: Checkpoint,
+    strict: bool,
+    *,
+    shapes_only: bool = False,
+    known: Mapping[str, KnownBase] | None = None,
 ) -> tuple[dict[str, FrozenLinear], dict[str, dict[str, Tensor]]]:
     """Return the layers of a checkpoint over those of a model, and the states of the modules that were saved whole.
 
@@ -250,14 +263,16 @@ def build_layers(
         checkpoint: Read from a file.
         strict: As in `load_adapter`.
         shapes_only: Take a base on the meta device, over which the layers have shapes but no values.
+        known: By layer. Of a compact file B is solved for on the basis given here, instead of one that is rebuilt.
 
     Raises:
         ValueError: As `load_adapter`.
     """
+    known = known or {}
     header = checkpoint.header
     layers: dict[str, FrozenLinear] = {}
     for name in header["layers"]:  # no comprehension, which would be a level more between a warning and its cause
-        layers[name] = _load_layer(find(name), name, checkpoint, strict, shapes_only)
+        layers[name] = _load_layer(find(name), name, checkpoint, strict, shapes_only, known.get(name))
     saved = {name: _loaded_module(find(name), name, checkpoint) for name in header["modules_to_save"]}
     unused = checkpoint.tensors.keys() - checkpoint.used
     if unused:
@@ -338,7 +353,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, header, tensors)
 
 
-def _load_layer(module: nn.Module, name: str, checkpoint: Checkpoint, strict: bool, shapes_only: bool) -> FrozenLinear:
+def _load_layer(
+    module: nn.Module, name: str, checkpoint: Checkpoint, strict: bool, shapes_only: bool, known: KnownBase | None
+) -> FrozenLinear:
     """Build the layer that replaces `module`, after checking everything that it is built from."""
     info = checkpoint.header["layers"][name]
     N, D = info["out_features"], info["in_features"]
@@ -364,17 +381,17 @@ def _load_layer(module: nn.Module, name: str, checkpoint: Checkpoint, strict: bo
     trained_on = checkpoint.take(f"layers.{name}.base_sketch", SKETCH_SHAPE)
     if not shapes_only:
         _require_values(name, weight)
-        _check_base(name, sketch_linear(weight, bias), trained_on, strict)
+        _check_base(name, known.sketch if known else sketch_linear(weight, bias), trained_on, strict)
     layer = (
         _load_related(name, weight, bias, checkpoint)
         if "method" in info
-        else _load_adamss(name, weight, bias, checkpoint, strict)
+        else _load_adamss(name, weight, bias, checkpoint, strict, known)
     )
     return layer.train(module.training)
 
 
 def _load_adamss(
-    name: str, weight: Tensor, bias: Tensor | None, checkpoint: Checkpoint, strict: bool
+    name: str, weight: Tensor, bias: Tensor | None, checkpoint: Checkpoint, strict: bool, known: KnownBase | None
 ) -> FusedAdaMSSLinear:
     info = checkpoint.header["layers"][name]
     stored_config = info.get("config", checkpoint.header.get("config"))
@@ -406,7 +423,11 @@ def _load_adamss(
         _check_update(name, relative_difference(sketch(augmented(basis, basis_bias)), stored), strict)
     else:
         Z = checkpoint.take(f"layers.{name}.probed_B", (rho, num_probes(R)))
-        basis, basis_bias, B, difference = _rebuilt(name, *_whole(weight, bias), config, Z)
+        if known is not None and known.basis.shape == (R, D):
+            basis, basis_bias = known.basis, known.basis_bias
+            B, difference = solve(Z, basis, basis_bias)
+        else:
+            basis, basis_bias, B, difference = _rebuilt(name, *_whole(weight, bias), config, Z)
         _check_update(name, difference, strict)
         t["B"] = B.to(t["C"])
     try:
