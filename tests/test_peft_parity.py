@@ -26,18 +26,29 @@ def peft_layer(linear: nn.Linear, **config):
     return adapted["linear"]
 
 
+def linear_that_peft_adapts(N: int, D: int, bias: bool, seed: int, **config):
+    """A linear layer, and the AdaMSS layer that PEFT makes of it: for a dynamic rank PEFT decomposes the singular Gram
+    matrix U U^T, which on some processors does not converge for some weights."""
+    for attempt in range(5):
+        torch.manual_seed(seed + attempt)
+        linear = nn.Linear(D, N, bias=bias)
+        try:
+            return linear, peft_layer(copy.deepcopy(linear), **config)
+        except torch.linalg.LinAlgError:
+            continue
+    raise AssertionError("PEFT adapts none of five weights")
+
+
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("K", [1, 5, 10])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
 @pytest.mark.parametrize(("N", "D"), SHAPES)
 def test_rows_basis_output_and_gradients_are_pefts(N, D, bias, K, rank):
-    torch.manual_seed(N + D + K)
     config = {"num_subspaces": K, "subspace_rank": rank}
     if rank == "dynamic":
         config |= {"subspace_rank": 4, "use_dynamic_rank": True, "svd_threshold": 0.8}
-    linear = nn.Linear(D, N, bias=bias)
+    linear, theirs = linear_that_peft_adapts(N, D, bias, seed=N + D + K, **config)
     ours = FusedAdaMSSLinear.from_linear(linear, AdaMSSConfig(**config))
-    theirs = peft_layer(copy.deepcopy(linear), **config)
 
     # The same rows per subspace and the same basis, exactly.
     assert theirs.num_subspaces["default"] == ours.layout.num_subspaces
