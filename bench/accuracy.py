@@ -51,12 +51,15 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=tuple(ADAMSS), default=tuple(ADAMSS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--trials", type=int, default=1, help="seeds with which a learning rate is tried")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="learning rates that are tried")
     parser.add_argument("--epochs", type=int, help="default: 30 (digits), 2 (minilm)")
     parser.add_argument("--max-train-samples", type=int, help="train on the first so many texts")
-    parser.add_argument("--out", type=Path, required=True, help="JSON lines, such as bench/results/cpu-accuracy.jsonl")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="JSON lines, such as bench/results/accuracy/digits.jsonl"
+    )
     args = parser.parse_args()
     environment = results.environment()
     rows = {results.key(row): row for row in results.read(args.out)[1]} if args.out.exists() else {}
@@ -88,7 +91,9 @@ def main() -> None:
             rates[method] = max(found, key=lambda rate: found[rate])
         rates["adamss-asa"] = rates["adamss"]
         seeds = range(args.seeds)
-        for method, seed in [(m, s) for ms in (METHODS[:2], METHODS[2:]) for s in seeds for m in ms]:
+        for method, seed in [
+            (m, s) for ms in (METHODS[:2], METHODS[2:]) for s in seeds for m in ms if m in args.methods
+        ]:
             case = {"task": task, "epochs": epochs, "seed": seed, "rate": rates[method]}
             done(
                 {"suite": "accuracy", "case": case, "provider": method},
