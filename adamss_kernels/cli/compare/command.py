@@ -68,6 +68,7 @@ def _size(text: str) -> tuple[int, int]:
 
 def run(args: argparse.Namespace) -> int:
     """Run the comparison, going on where a run with the same settings in the same folder was stopped."""
+    conditions = environment()
     pretrained, skipped = pretrained_matrices(args.size, args.clip)
     names = [*DRAWN, *pretrained]
     if args.matrices is not None:
@@ -118,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
         spectra = [spectrum(name, seed) for seed in settings["seeds"]]
         results["matrices"][name] = _summary(name, (shape[0], shape[1]), spectra, done)
     _write(args.output / RESULTS, results)
-    _write(args.output / ENVIRONMENT, environment())
+    _write(args.output / ENVIRONMENT, conditions)
     shutil.rmtree(folder)
     print(tables(results))
     print(f"\nresults: {args.output / RESULTS}")
