@@ -86,8 +86,8 @@ def _meta(shape: tuple[int, int]) -> nn.Linear:
 def fit(method: str, target: Tensor, start: Tensor, seed: int, iterations: int, lr: float) -> tuple[Tensor, int]:
     """Train `method` so that `start` plus its update comes close to `target`, in the Frobenius norm, with AdamW.
 
-    The layer's own update is trained, without an input: behind the identity matrix most of the work would be the product
-    with the frozen weight.
+    The layer's own update is trained, without an input: behind the identity matrix most of the work would be the
+    product with the frozen weight.
 
     Args:
         method: A name of `FROM_ZERO` or `FROM_BASE`.
