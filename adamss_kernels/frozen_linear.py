@@ -18,7 +18,7 @@ LAYERS_BY_METHOD: dict[str, type[Any]] = {}
 
 
 class FrozenLinear(nn.Module):
-    """A linear layer with a frozen weight and a trainable update of it; a method adds `forward` and `delta_weight`.
+    """A linear layer with a frozen weight and a trainable update of it; a method adds `forward` and `update_matrix`.
 
     Whatever is a parameter beside `weight` and `bias` is the method's and trains; what the method keeps fixed is a
     buffer.
@@ -65,9 +65,14 @@ class FrozenLinear(nn.Module):
         """The parameter that `unmerge` gives back as `bias`, likewise."""
         return None if self._original is None else self._original[1]
 
+    def update_matrix(self) -> Tensor:
+        """Return what `delta_weight` does, differentiable in the update's parameters."""
+        raise NotImplementedError
+
+    @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """Return the update of W: (N, D), float32 (float64 for float64 parameters)."""
-        raise NotImplementedError
+        return self.update_matrix()
 
     def delta_bias(self) -> Tensor | None:
         """Return the update of the bias: (N,), dtype as `delta_weight`; None where the bias is left alone."""

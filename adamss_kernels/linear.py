@@ -194,9 +194,8 @@ class FusedAdaMSSLinear(FrozenLinear):
             got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{name}: expected a bool tensor of shape ({K},), got {got}")
 
-    @torch.no_grad()
-    def delta_weight(self) -> Tensor:
-        """Return the update of W by the active subspaces: (N, D), float32 (float64 for float64 parameters)."""
+    def update_matrix(self) -> Tensor:
+        """Return the update of W by the active subspaces: (N, D), float32 or float64, as a function of B and C."""
         return self._delta(self.basis)
 
     @torch.no_grad()

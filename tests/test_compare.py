@@ -54,6 +54,8 @@ def test_two_runs_write_the_same_bytes_and_everything_is_reported(tmp_path, caps
     for plot in ("peft_comparison.png", "spectra.png"):
         assert (tmp_path / "a" / plot).read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "a" / "fits").exists()
+    environment = json.loads((tmp_path / "a" / command.ENVIRONMENT).read_text())
+    assert {"cpu", "threads", "versions", "commit", "command", "date"} <= set(environment)
 
 
 def test_an_interrupted_run_goes_on_and_ends_the_same(tmp_path, monkeypatch):
@@ -125,6 +127,27 @@ def test_training_comes_closer_to_the_target(method):
     assert used <= (fit.budget((24, 20)) if method != "full" else target.numel())
 
 
+@pytest.mark.parametrize("method", [*METHODS, "adamss"])
+def test_the_matrix_that_is_trained_is_what_the_layer_adds_to_its_output(method):
+    """Its value and its gradients, against the identity through the layer's own kernels."""
+    shape = (24, 20)
+    weight = drawn_matrix("random", shape, 0)
+    linear = torch.nn.Linear(shape[1], shape[0], bias=False)
+    linear.weight.data.copy_(weight)
+    layer = fit.build(method, linear, fit.setting(method, shape)).double()
+    parameters = [p for p in layer.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for p in parameters:
+            p += 0.1 * torch.randn_like(p)
+    g = torch.randn(shape, dtype=torch.float64)
+    through = layer(torch.eye(shape[1], dtype=torch.float64)).T
+    alone = layer.weight + layer.update_matrix()
+    torch.testing.assert_close(alone, through, rtol=0, atol=1e-12)
+    for ours, theirs in zip(*(torch.autograd.grad(y, parameters, g) for y in (alone, through)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
+    assert not layer.delta_weight().requires_grad
+
+
 def test_metrics_are_their_definitions():
     flat = torch.linalg.qr(torch.randn(9, 6))[0] * 3
     assert effective_rank(singular_values(flat)) == pytest.approx(6)
@@ -134,7 +157,7 @@ def test_metrics_are_their_definitions():
     assert effective_rank(8 * p) == pytest.approx(math.exp(-(p * p.log()).sum()))
     target, fitted = torch.diag(torch.tensor([5.0, 2.0, 1.0])), torch.diag(torch.tensor([2.0, 2.0, 5.0]))
     # Sorted singular values 5 2 2 against 5 2 1.
-    result = errors(fitted, target)
+    result = errors(fitted, target, singular_values(fitted), singular_values(target))
     assert result["nuclear_rms"] == pytest.approx(math.sqrt(1 / 3))
     assert result["nuclear_mean_absolute"] == pytest.approx(1 / 3)
     assert result["frobenius"] == pytest.approx(math.sqrt((9 + 16) / 30))

@@ -35,8 +35,7 @@ class LoRALinear(LowRankLinear):
         A = self.A if self.scaling == 1 else self.scaling * self.A
         return self.add_product(x, weight, bias, A, self.B)
 
-    @torch.no_grad()
-    def delta_weight(self) -> Tensor:
-        """Return the update of W (N, D), at least float32."""
+    def update_matrix(self) -> Tensor:
+        """Return the update of W (N, D), at least float32, as a function of the parameters."""
         acc = torch.promote_types(self.A.dtype, torch.float32)
         return self.scaling * (self.B.to(acc) @ self.A.to(acc))

@@ -34,9 +34,8 @@ class SpectralAdditiveLinear(SpectralLinear):
         """Map x (M, D) to y (M, N)."""
         return self.add_product(x, weight, bias, *self._factors())
 
-    @torch.no_grad()
-    def delta_weight(self) -> Tensor:
-        """Return the update of W (N, D), at least float32."""
+    def update_matrix(self) -> Tensor:
+        """Return the update of W (N, D), at least float32, as a function of the parameters."""
         acc = torch.promote_types(self.dU.dtype, torch.float32)
         right, left = self._factors()
         return left.to(acc) @ right.to(acc)

@@ -41,9 +41,8 @@ class SpectralRotationalLinear(SpectralLinear):
         """Map x (M, D) to y (M, N)."""
         return fused_linear(x, weight, bias, self.core(), self.U1, self.subspaces(self.V1.t()))
 
-    @torch.no_grad()
-    def delta_weight(self) -> Tensor:
-        """Return the update of W (N, D), at least float32."""
+    def update_matrix(self) -> Tensor:
+        """Return the update of W (N, D), at least float32, as a function of the parameters."""
         M = self.core()
         return self.U1.to(M.dtype) @ M @ self.V1.to(M.dtype).t()
 

@@ -59,9 +59,8 @@ class TiledLinear(AdapterLinear):
         y: Tensor = _TiledLinear.apply(x, weight, bias, self.update, *self._update_tensors())
         return y
 
-    @torch.no_grad()
-    def delta_weight(self) -> Tensor:
-        """Return the update of W (N, D), at least float32."""
+    def update_matrix(self) -> Tensor:
+        """Return the update of W (N, D), at least float32, as a function of the parameters."""
         update, values = self.update, _accumulating(self._update_tensors())
         tiles = [update.build(start, stop, values, update.constants) for start, stop, *_ in _tiles(update)]
         return torch.cat(tiles, dim=update.axis)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import importlib.util
 import json
@@ -18,12 +19,14 @@ from tqdm.auto import tqdm
 
 from ... import __version__
 from ...atomic import replace_file
+from ..bench.results import environment
 from .fit import PERTURBATION, STARTS, budget, fit, setting
 from .matrices import DRAWN, drawn_matrix, pretrained_matrices
 from .metrics import effective_rank, errors, singular_values
 from .report import draw_comparison, draw_spectra, tables
 
 RESULTS = "experimental_results.json"
+ENVIRONMENT = "environment.json"
 SMALL = 256 * 256
 """Entries of a matrix up to which a second thread costs more than it brings."""
 
@@ -65,6 +68,7 @@ def _size(text: str) -> tuple[int, int]:
 
 def run(args: argparse.Namespace) -> int:
     """Run the comparison, going on where a run with the same settings in the same folder was stopped."""
+    conditions = environment()
     pretrained, skipped = pretrained_matrices(args.size, args.clip)
     names = [*DRAWN, *pretrained]
     if args.matrices is not None:
@@ -87,8 +91,13 @@ def run(args: argparse.Namespace) -> int:
         "versions": {"adamss_kernels": __version__, "torch": torch.__version__},
     }
 
+    @functools.cache
     def target(name: str, seed: int) -> Tensor:
         return pretrained[name] if name in pretrained else drawn_matrix(name, args.size, seed)
+
+    @functools.cache
+    def spectrum(name: str, seed: int) -> Tensor:
+        return singular_values(target(name, seed))
 
     # Fits are kept one by one until all are there. Other settings, or other weights, have other names.
     weights = {name: singular_values(pretrained[name]).tolist() for name in names if name in pretrained}
@@ -101,14 +110,16 @@ def run(args: argparse.Namespace) -> int:
             bar.set_postfix_str(" ".join(map(str, task)))
             path = folder / f"{digest}-{'-'.join(map(str, task))}.json"
             if not path.exists():
-                _write(path, _fitted(task, target(task.matrix, task.seed), args))
+                _write(path, _fitted(task, target(task.matrix, task.seed), spectrum(task.matrix, task.seed), args))
             done[task] = json.loads(path.read_text())
 
     results: dict[str, Any] = {"settings": settings, "skipped": skipped, "matrices": {}}
     for name in names:
-        targets = {seed: target(name, seed) for seed in settings["seeds"]}
-        results["matrices"][name] = _summary(name, targets, done)
+        shape = target(name, args.seed).shape
+        spectra = [spectrum(name, seed) for seed in settings["seeds"]]
+        results["matrices"][name] = _summary(name, (shape[0], shape[1]), spectra, done)
     _write(args.output / RESULTS, results)
+    _write(args.output / ENVIRONMENT, conditions)
     shutil.rmtree(folder)
     print(tables(results))
     print(f"\nresults: {args.output / RESULTS}")
@@ -134,28 +145,29 @@ def _tasks(names: list[str], seeds: list[int], target: Any) -> Iterator[Task]:
                 yield from (Task(name, seed, start, m) for m in methods if setting(m, shape) is not None)
 
 
-def _fitted(task: Task, target: Tensor, args: argparse.Namespace) -> dict[str, Any]:
+def _fitted(task: Task, target: Tensor, spectrum: Tensor, args: argparse.Namespace) -> dict[str, Any]:
     start = torch.zeros_like(target)
     if task.start == "perturbed":
         noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(task.seed))
         start = target + PERTURBATION * target.norm() / noise.norm() * noise
     matrix, used = fit(task.method, target, start, task.seed, args.iterations, args.learning_rate)
-    values = singular_values(matrix).tolist()
-    update = effective_rank(singular_values(matrix - start))
-    return {"parameters": used, "singular_values": values, **errors(matrix, target), "update_effective_rank": update}
+    values = singular_values(matrix)
+    # From zero the update is the matrix.
+    update = effective_rank(singular_values(matrix - start) if start.any() else values)
+    measured = errors(matrix, target, values, spectrum) | {"update_effective_rank": update}
+    return {"parameters": used, "singular_values": values.tolist(), **measured}
 
 
-def _summary(name: str, targets: dict[int, Tensor], done: dict[Task, dict[str, Any]]) -> dict[str, Any]:
+def _summary(
+    name: str, shape: tuple[int, int], spectra: list[Tensor], done: dict[Task, dict[str, Any]]
+) -> dict[str, Any]:
     """Return what one kind of matrix gave: its targets, and for each start and method every number over the seeds."""
-    first, *_ = targets.values()
-    shape = (first.shape[0], first.shape[1])
-    spectra = {seed: singular_values(target) for seed, target in targets.items()}
     summary: dict[str, Any] = {
         "shape": list(shape),
         "budget": budget(shape),
         "target": {
-            "effective_rank": _spread([effective_rank(values) for values in spectra.values()]),
-            "singular_values": _rounded(next(iter(spectra.values())).tolist()),
+            "effective_rank": _spread([effective_rank(values) for values in spectra]),
+            "singular_values": _rounded(spectra[0].tolist()),
         },
     }
     for start, methods in STARTS.items():

@@ -86,7 +86,8 @@ def _meta(shape: tuple[int, int]) -> nn.Linear:
 def fit(method: str, target: Tensor, start: Tensor, seed: int, iterations: int, lr: float) -> tuple[Tensor, int]:
     """Train `method` so that `start` plus its update comes close to `target`, in the Frobenius norm, with AdamW.
 
-    The layer sees the identity as its input, so that its own forward and backward are what is trained.
+    The layer's own update is trained, without an input: behind the identity matrix most of the work would be the
+    product with the frozen weight.
 
     Args:
         method: A name of `FROM_ZERO` or `FROM_BASE`.
@@ -110,10 +111,13 @@ def fit(method: str, target: Tensor, start: Tensor, seed: int, iterations: int, 
         layer = build(method, linear, options)
     parameters = [p for p in layer.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr)
-    identity, goal = torch.eye(D), target.T
+    base, update = start, getattr(layer, "update_matrix", None)
+    if update is None:  # all entries train
+        base, update = torch.zeros_like(start), lambda: linear.weight
+    goal = target - base
     for _ in range(iterations):
         optimizer.zero_grad()
-        torch.linalg.vector_norm(layer(identity) - goal).backward()
+        torch.linalg.vector_norm(update() - goal).backward()
         optimizer.step()
     with torch.no_grad():
-        return layer(identity).T, count(layer)
+        return base + update(), count(layer)

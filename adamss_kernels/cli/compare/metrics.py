@@ -19,14 +19,13 @@ def effective_rank(values: Tensor) -> float:
     return float(torch.special.entr(p).sum().exp())
 
 
-def errors(fitted: Tensor, target: Tensor) -> dict[str, float]:
-    """Return the effective rank of the fitted matrix and its distances from the target.
+def errors(fitted: Tensor, target: Tensor, got: Tensor, want: Tensor) -> dict[str, float]:
+    """Return the effective rank of the fitted matrix, of singular values `got`, and its distances from the target.
 
-    "nuclear_rms" is the root mean square difference of the sorted singular values, as the published text describes;
-    "nuclear_mean_absolute" the mean absolute difference, as the published code computes. "frobenius" is the Frobenius
-    norm of the difference of the matrices over that of the target.
+    "nuclear_rms" is the root mean square difference of the sorted singular values from the target's, `want`, as the
+    published text describes; "nuclear_mean_absolute" the mean absolute difference, as the published code computes.
+    "frobenius" is the Frobenius norm of the difference of the matrices over that of the target.
     """
-    got, want = singular_values(fitted), singular_values(target)
     return {
         "effective_rank": effective_rank(got),
         "nuclear_rms": float((got - want).square().mean().sqrt()),
