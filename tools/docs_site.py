@@ -36,7 +36,7 @@ _SPEED = "Speed"
 logger = logging.getLogger("mkdocs.hooks.docs_site")
 _CODE = re.compile(r"(^```.*?^```$|`[^`\n]*`)", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(?:\[([\w./-]+)\])?(?<=\])\(([^)\s]+)\)")
-_LOADED = re.compile(r"<(?:script|img|iframe|link(?=[^>]*stylesheet))\b[^>]*?(?:src|href)=[\"']?(?:https?:)?//[^>]*>")
+LOADED = re.compile(r"<(?:script|img|iframe|link(?=[^>]*stylesheet))\b[^>]*?(?:src|href)=[\"']?(?:https?:)?//[^>]*>")
 
 
 def on_pre_build(config: Any) -> None:
@@ -72,7 +72,7 @@ def on_files(files: Any, config: Any) -> Any:
 def on_post_build(config: Any) -> None:
     """Warn of what a page would load from another host."""
     for page in sorted(Path(config.site_dir).rglob("*.html")):
-        for tag in _LOADED.findall(page.read_text()):
+        for tag in LOADED.findall(page.read_text()):
             logger.warning(f"{page.name} loads something from another host: {tag}")
 
 
@@ -85,7 +85,7 @@ def undocumented(root: Path, api: str) -> list[str]:
     """
     messages = []
     shown = set(re.findall(r"^::: (\S+)$", api, flags=re.MULTILINE))
-    package = griffe.load(PACKAGES[0], search_paths=[str(root)])
+    package = griffe.load(PACKAGES[0], search_paths=[str(root)], try_relative_path=False)
     known: set[str] = set()
     for name in PACKAGES:
         module = package if name == PACKAGES[0] else package[name.removeprefix(PACKAGES[0] + ".")]
