@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 test test-fast: export OMP_NUM_THREADS ?= 1
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 
-.PHONY: demo test test-fast test-peft lint bench clean
+.PHONY: demo test test-fast test-peft lint docs bench clean
 
 demo: $(STAMP)
 	$(BIN)/adamss-kernels demo
@@ -34,6 +34,12 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site, in build/site. A broken link or an undocumented public name fails. To read it while writing:
+# .venv/bin/mkdocs serve
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(STAMP)
+	$(BIN)/mkdocs build
 
 # Under five minutes on two cores; `make bench BENCH=--full` for the long one. Then: python tools/readme.py
 bench: $(STAMP)

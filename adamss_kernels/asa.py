@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -50,6 +51,9 @@ class SubspaceAllocator:
             TypeError: `config` is no `AdaMSSConfig`.
             ValueError: The model has no AdaMSS layer, `use_asa` is off, or `asa_compat="peft"` is combined with the
                 layer scope, which PEFT does not have.
+
+        Warns:
+            UserWarning: No more subspaces are there than `asa_target_subspaces`, so that none will be frozen.
         """
         require_config(config)
         self._layers = adamss_layers(unwrap(model))
@@ -59,6 +63,7 @@ class SubspaceAllocator:
             raise ValueError("config.use_asa = False: expected True for a SubspaceAllocator")
         if config.asa_compat == "peft" and config.asa_scope == "layer":
             raise ValueError("config.asa_scope = 'layer': expected 'global' with asa_compat='peft'")
+        _warn_of_idle_target(config, [layer.layout.num_subspaces for layer in self._layers.values()])
         self.config = config
         self.history: list[tuple[int, int, list[int]]] = []
         self._sizes = [layer.layout.num_subspaces for layer in self._layers.values()]
@@ -351,6 +356,18 @@ class SubspaceAllocator:
         with torch.no_grad():
             for stack in _stacks(self._lazy_banks or ()):
                 stack.restore_rows(optimizer)
+
+
+def _warn_of_idle_target(config: AdaMSSConfig, sizes: Sequence[int]) -> None:
+    """Warn where there are no more subspaces than are to stay, in the model or, with that scope, in any layer."""
+    is_global = config.asa_scope == "global"
+    available = sum(sizes) if is_global else max(sizes)
+    if config.asa_target_subspaces >= available:
+        warnings.warn(
+            f"asa_target_subspaces={config.asa_target_subspaces}: nothing will be pruned, since "
+            f"{'the model has' if is_global else 'no layer has more than'} {available} subspaces",
+            stacklevel=3,
+        )
 
 
 def _averages(banks: Sequence[ImportanceBank]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -21,7 +21,7 @@ from .atomic import replace_file
 from .compact import num_probes, probe, solve
 from .config import AdaMSSConfig
 from .decompose import Decomposition, augmented, rebuild_basis
-from .distributed import full_tensor, gather_objects, is_sharded, is_writer, reshard, together, unwrap
+from .distributed import full_tensor, gather_objects, is_sharded, is_writer, require_module, reshard, together, unwrap
 from .frozen_linear import BASE_KEYS, LAYERS_BY_METHOD, FrozenLinear, plain_linear
 from .layout import SubspaceLayout
 from .linear import FusedAdaMSSLinear
@@ -77,6 +77,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, compact
             than AdaMSS or of a B that is not finite. Nothing is written.
         RuntimeError: Another rank of a sharded model has failed; the message names it. The old checkpoint stays.
     """
+    require_module(model)
     root = unwrap(model)
     layers = adapted_layers(root)
     if not layers:
@@ -187,6 +188,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], *, strict:
             says by how much.
         UserWarning: The base is on the meta device: only shapes are set up.
     """
+    require_module(model)
     root = unwrap(model)
     path = Path(directory) / TENSORS_FILE
     reshard(root)
@@ -333,7 +335,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected a checkpoint written by save_adapter")
+        message = f"{path}: no such file; expected a checkpoint written by save_adapter{_what_else(path.parent)}"
+        raise FileNotFoundError(message)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -351,6 +354,19 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if version not in readable:
         raise ValueError(f"{path}: format version {version}, this release reads {readable}")
     return Checkpoint(path, header, tensors)
+
+
+def _what_else(directory: Path) -> str:
+    """Say what `directory` is instead of a checkpoint of ours, where that can be told."""
+    if directory.is_file():
+        return f"; {directory} is a file, give the directory that holds it"
+    if not directory.exists():
+        return f"; there is no directory {directory}"
+    if (directory / "adapter_config.json").is_file():
+        return "; the directory has an adapter of PEFT: formats.import_peft loads its AdaMSS"
+    if any(directory.glob("checkpoint-*")) or any(directory.glob("model*.safetensors")):
+        return "; the directory has a Trainer's checkpoints, which hold whole models: load one, then call save_adapter"
+    return ""
 
 
 def _load_layer(

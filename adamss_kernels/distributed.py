@@ -10,6 +10,12 @@ import torch
 from torch import Tensor, nn
 
 
+def require_module(model: object) -> None:
+    """Raise a TypeError for what is no model, say the directory where that belongs first."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got a {type(model).__name__}")
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """Look through DDP, `DataParallel` and `torch.compile`, whose prefixes are not part of layer names."""
     while True:

@@ -201,7 +201,12 @@ def plain_linear(name: str, module: nn.Module) -> nn.Linear:
     """
     if type(module) is not nn.Linear:
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
-        raise TypeError(f"{name!r} is a {kind}; only torch.nn.Linear itself can be adapted")
+        message = f"{name!r} is a {kind}; only torch.nn.Linear itself can be adapted"
+        if isinstance(module, FrozenLinear):
+            message += ", and this layer is adapted already"
+        elif isinstance(module, nn.Module) and next(module.children(), None) is not None:
+            message += "; a whole model goes to inject_adamss"
+        raise TypeError(message)
     weight: object = module.weight
     if type(weight) is not nn.Parameter:
         raise TypeError(

@@ -31,7 +31,8 @@ class FusedAdaMSSLinear(FrozenLinear):
     """A frozen linear layer with a trainable AdaMSS update: y = x W^T + bias + ((x A^T + a) B^T) C^T.
 
     Attributes:
-        weight, bias: As in `FrozenLinear`.
+        weight: W (N, D), frozen, the parameter of the layer it replaces.
+        bias: (N,), frozen, or None.
         basis: A (R, D), frozen buffer.
         basis_bias: a (R,), frozen buffer, or None.
         B: (RHO, R), trainable.

@@ -47,6 +47,7 @@ def inject_adamss(
 
     Warns:
         UserWarning: Without `target_modules`, such layers are passed over; the message says how many of which class.
+            Or one of several names in `target_modules` is of no layer that is adapted.
     """
     require_config(config)
 

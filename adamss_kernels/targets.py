@@ -20,7 +20,7 @@ def modules_named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module
     """
     found: dict[str, nn.Module] = {}
     for suffix in names:
-        matches = {name: m for name, m in model.named_modules() if name == suffix or name.endswith("." + suffix)}
+        matches = {name: m for name, m in model.named_modules() if _ends_in(name, suffix)}
         if not matches:
             top = [name for name, _ in model.named_children()]
             raise ValueError(f"modules_to_save: {suffix!r} matches no module; top-level modules are {top}")
@@ -36,7 +36,8 @@ def target_linears(model: nn.Module, config: AdaMSSConfig) -> dict[str, nn.Linea
         TypeError: One that is meant by name cannot be adapted.
 
     Warns:
-        UserWarning: Without `target_modules`, layers that are linear in name but no `nn.Linear` are passed over.
+        UserWarning: Without `target_modules`, layers that are linear in name but no `nn.Linear` are passed over; or a
+            name among them is of no layer that is adapted.
     """
     excluded = [re.compile(rf"(^|.*\.){re.escape(name)}($|\..*)") for name in config.modules_to_save or ()]
     targets: dict[str, nn.Linear] = {}
@@ -57,13 +58,26 @@ def target_linears(model: nn.Module, config: AdaMSSConfig) -> dict[str, nn.Linea
             continue
         targets[name] = plain_linear(name, module)
     if not targets:
-        candidates = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if type(m) is nn.Linear})
+        candidates = _ends(model, excluded)
         kind = " as a regular expression for whole names" if isinstance(config.target_modules, str) else ""
         kind += f" outside modules_to_save={config.modules_to_save}" if config.modules_to_save else ""
+        advice = ""
+        if config.target_modules == "all-linear":
+            advice = "; target_modules=None takes them all"
+        elif config.target_modules in candidates:
+            advice = f"; for all that end so: target_modules=[{config.target_modules!r}]"
         raise ValueError(
             f"target_modules={config.target_modules!r} (layers_to_transform={config.layers_to_transform!r}) matches "
-            f"no linear layer{kind}; names of linear layers in this model end in {candidates}"
+            f"no linear layer{kind}; names of linear layers in this model end in {candidates}{advice}"
         )
+    if isinstance(config.target_modules, tuple):
+        unmatched = [end for end in config.target_modules if not any(_ends_in(name, end) for name in targets)]
+        if unmatched:
+            warnings.warn(
+                f"target_modules: {unmatched} match no linear layer that is adapted ({len(targets)} are); names "
+                f"of linear layers in this model end in {_ends(model, excluded)}",
+                stacklevel=4,
+            )
     if passed_over:
         kinds = ", ".join(sorted(set(passed_over.values())))
         warnings.warn(
@@ -74,11 +88,21 @@ def target_linears(model: nn.Module, config: AdaMSSConfig) -> dict[str, nn.Linea
     return targets
 
 
+def _ends(model: nn.Module, excluded: list[re.Pattern[str]]) -> list[str]:
+    """Return how the names of the linear layers of `model` end, but for those that `excluded` match."""
+    names = [name for name, module in model.named_modules() if name and type(module) is nn.Linear]
+    return sorted({name.rsplit(".", 1)[-1] for name in names if not any(pattern.match(name) for pattern in excluded)})
+
+
+def _ends_in(name: str, end: str) -> bool:
+    return name == end or name.endswith("." + end)
+
+
 def _matches(name: str, config: AdaMSSConfig) -> bool:
     patterns = config.target_modules
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
-    return any(name == suffix or name.endswith("." + suffix) for suffix in patterns or ())
+    return any(_ends_in(name, suffix) for suffix in patterns or ())
 
 
 def _in_layers(name: str, config: AdaMSSConfig) -> bool:

@@ -1,33 +1,79 @@
-"""Every command and snippet of the README runs, and its numbers are those of the committed results."""
+"""Every command and snippet of the README and of docs/ runs, and its numbers are those of the committed results."""
 
 from __future__ import annotations
 
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-TEXTS = [README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]
-SNIPPETS = [snippet for text in TEXTS for snippet in re.findall(r"```python\n(.*?)```", text, flags=re.S)]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text() for path in PAGES}
+SNIPPETS = [
+    (page, snippet) for page, text in TEXTS.items() for snippet in re.findall(r"```python\n(.*?)```", text, flags=re.S)
+]
+SCRIPTS = {
+    title: script
+    for text in TEXTS.values()
+    for title, script in re.findall(r"""```python title="(.*?)"\n(.*?)```""", text, flags=re.S)
+}
 COMMANDS = [
     line
-    for text in TEXTS
+    for text in TEXTS.values()
     for block in re.findall(r"```(?:sh|bash)\n(.*?)```", text, flags=re.S)
     for line in block.splitlines()
     if line and not line.startswith("#")
 ]
+# Of pages' own scripts; those of examples/ run in test_distributed_docs.py.
+LAUNCHES = [c for c in COMMANDS if c.startswith("torchrun ") and SCRIPTS.keys() & set(c.split())]
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
-def test_a_snippet_runs(snippet, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("page", "snippet"), SNIPPETS, ids=[f"{i}-{Path(page).stem}" for i, (page, _) in enumerate(SNIPPETS)]
+)
+def test_a_snippet_runs(page, snippet, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(compile(snippet, "README.md", "exec"), {})
+    exec(compile(snippet, page, "exec"), {})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
+@pytest.mark.parametrize("command", LAUNCHES)
+def test_a_script_runs_in_several_processes(command, tmp_path):
+    """What is meant for two machines runs as two launchers with a process each, that meet on this one."""
+    for title, script in SCRIPTS.items():
+        (tmp_path / title).write_text(script)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    words = shlex.split(command.replace("HOST:29500", address))[1:]
+    if "--nnodes" in words:
+        words[words.index("--nproc-per-node") + 1] = "1"
+    else:
+        words = ["--standalone", *words]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    launchers = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *words],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for _ in range(2 if "--nnodes" in words else 1)
+    ]
+    outputs = [launcher.communicate(timeout=240)[0] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0] * len(launchers), "\n".join(outputs)
+    assert len(list(tmp_path.glob("*/adapter.safetensors"))) == 1
 
 
 def test_the_readme_shows_commands_and_snippets():
@@ -50,7 +96,7 @@ def test_a_command_is_understood(command):
         assert (ROOT / words[0]).is_file()
         return
     elif words[0] in ("torchrun", "accelerate"):
-        # Run for real in test_distributed_docs.py.
+        # Run for real above, or in test_distributed_docs.py.
         return
     elif words[0] == "adamss-kernels":
         command_line = [sys.executable, "-m", "adamss_kernels", *words[1:], "--help"]

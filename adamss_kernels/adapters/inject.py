@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import nn
@@ -66,7 +67,14 @@ def inject_adapter(
         TypeError: The method has no such option, or a target is not exactly an `nn.Linear`.
     """
     if method not in METHODS:
-        raise ValueError(f"method: expected one of {tuple(METHODS)}, got {method!r}")
+        advice = "; AdaMSS itself is inject_adamss" if str(method).lower() == "adamss" else ""
+        raise ValueError(f"method: expected one of {tuple(METHODS)}, got {method!r}{advice}")
+    known = [
+        name for name, p in inspect.signature(METHODS[method].__init__).parameters.items() if p.kind is p.KEYWORD_ONLY
+    ]
+    unknown = sorted(options.keys() - known)
+    if unknown:
+        raise TypeError(f"method {method!r}: unexpected keyword argument {unknown[0]!r}, expected some of {known}")
     choice = AdaMSSConfig(target_modules=target_modules, modules_to_save=modules_to_save)
 
     def build(linear: nn.Linear, name: str) -> AdapterLinear:

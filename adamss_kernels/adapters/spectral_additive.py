@@ -11,7 +11,7 @@ from .spectrum import SpectralLinear
 class SpectralAdditiveLinear(SpectralLinear):
     """W + dW = (U1 + dU) S1 (V1 + dV)^T + the rest of W, for r singular columns U1, S1, V1 of W.
 
-    As dW = [dU S1 | U1 S1] [V1 + dV | dV]^T it has rank 2 r at most, and W is never put together again. dU (N, r) and
+    As dW = [dU S1 | U1 S1] @ [V1 + dV | dV]^T it has rank 2 r at most, and W is never put together again. dU (N, r) and
     dV (D, r) start at zero: r (N + D) parameters, r = min(rank, N, D).
     """
 

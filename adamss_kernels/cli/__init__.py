@@ -11,6 +11,9 @@ from collections.abc import Sequence
 # Each command is a module with `add_arguments(parser)` and `run(args) -> int`; its docstring is its help.
 COMMANDS = ("info", "demo", "bench", "convert", "inspect", "compare", "tune", "build-cuda")
 
+# The optional extra that brings a library.
+EXTRAS = {"peft": "hf", "transformers": "hf", "matplotlib": "demo"}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
@@ -29,4 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"adamss-kernels {args.command}: interrupted", file=sys.stderr)
         return 130
+    except ModuleNotFoundError as error:
+        library = (error.name or "").partition(".")[0]
+        if library not in EXTRAS:
+            raise
+        needed = f"needs {library}, which is not installed: pip install 'adamss-kernels[{EXTRAS[library]}]'"
+        print(f"adamss-kernels {args.command}: {needed}", file=sys.stderr)
+        return 1
     return status

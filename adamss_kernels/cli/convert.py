@@ -82,6 +82,10 @@ def adapter_format(directory: Path) -> str:
         if kind in ("ADAMSS", "LORA"):
             return "peft" if kind == "ADAMSS" else "lora"
         raise ValueError(f"--adapter {directory}: holds a PEFT adapter of type {kind!r}, expected 'ADAMSS' or 'LORA'")
+    if not directory.is_dir():
+        raise ValueError(
+            f"--adapter {directory}: {'a file, expected a' if directory.is_file() else 'no such'} directory"
+        )
     raise ValueError(f"--adapter {directory}: has neither {TENSORS_FILE} nor {PEFT_CONFIG_FILE}")
 
 

@@ -139,7 +139,8 @@ def read_contents(directory: Path) -> Contents:
         ValueError: It holds nothing of that, or something damaged; the message names the file.
     """
     if not directory.is_dir():
-        raise FileNotFoundError(f"{directory}: no such directory")
+        what = "a file, expected the directory that holds it" if directory.is_file() else "no such directory"
+        raise FileNotFoundError(f"{directory}: {what}")
     if (directory / TENSORS_FILE).is_file():
         return _ours(directory / TENSORS_FILE)
     if (directory / PEFT_CONFIG_FILE).is_file():

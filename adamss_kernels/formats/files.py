@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..atomic import replace_file
+from ..checkpoint import TENSORS_FILE
 from ..distributed import full_tensor, is_writer, reshard, together, unwrap
 from ..linear import FusedAdaMSSLinear
 from ..model import adamss_layers, adapted_layers, saved_modules, saved_names
@@ -34,7 +35,9 @@ def read_peft_config(directory: Path) -> dict[str, Any]:
     """
     path = directory / PEFT_CONFIG_FILE
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected a checkpoint written by PEFT")
+        ours = (directory / TENSORS_FILE).is_file()
+        advice = "; load_adapter loads what is there, which save_adapter wrote" if ours else ""
+        raise FileNotFoundError(f"{path}: no such file; expected a checkpoint written by PEFT{advice}")
     try:
         header = json.loads(path.read_text())
     except json.JSONDecodeError as error:
