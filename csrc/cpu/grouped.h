@@ -40,7 +40,7 @@ class ByGroup {
         for (Object* object : objects_) delete object;
     }
 
-    // make(group) makes an object, blocks(object) says how many blocks it has.
+    // make(group) makes an object, or null for one that needs none; blocks(object) says how many blocks it has.
     template <class Make, class Blocks>
     void make(const Make& make, const Blocks& blocks) {
         parallel_blocks(groups_.count, [&](int64_t group) {
@@ -71,15 +71,79 @@ void for_others(const adamss_groups& groups, int64_t M, const F& f) {
     for (int64_t i = groups.starts[groups.count]; i < M; ++i) f(groups.tokens[i]);
 }
 
+// Groups of up to so many tokens cost less token by token, from B and C as they lie, than laid out for tiles.
+constexpr int64_t FEW_TOKENS = 2;
+
+// y = bias + S C^T with S = B P for token m of a group; `z` (R,) and `S` (RHO and a register) are scratch.
+template <class T, class X>
+void update_token(const adamss_forward_args& args, const ColumnIndex& all, const T* bias, int64_t m, T* z, T* S) {
+    constexpr int W = Vector<T>::width;
+    const adamss_layout& l = args.layout;
+    const int64_t R = args.R, rho = l.offsets[l.K], whole_R = R / W * W, whole_N = l.N / W * W;
+    to_arithmetic(static_cast<const X*>(args.P) + m * args.stride_pm, z, R);
+    for (int64_t k = 0; k < l.K; ++k)
+        for (int64_t p = l.offsets[k]; p < l.offsets[k + 1]; ++p) {
+            S[p] = 0;
+            if (l.active && !l.active[k]) continue;
+            const T* const B = static_cast<const T*>(args.B) + p * R;
+            vec<T> total = {};
+            for (int64_t r = 0; r < whole_R; r += W) total += load(B + r) * load(z + r);
+            S[p] = sum<T>(total);
+            for (int64_t r = whole_R; r < R; ++r) S[p] += B[r] * z[r];
+        }
+    if (args.S) std::memcpy(static_cast<T*>(args.S) + m * rho, S, rho * sizeof(T));
+    const T* const C = static_cast<const T*>(args.C);
+    X* const y = static_cast<X*>(args.y) + m * l.N;
+    int64_t i = 0;
+    if (args.r_max == 1 && all.is_full)
+        for (; i < whole_N; i += W)
+            store_as(y + i, load(bias + i) + gather<T>(S, all.index.data() + i) * load(C + i));
+    for (; i < l.N; ++i) {
+        const int32_t k = l.row_subspace[i], start = l.offsets[k], r = l.offsets[k + 1] - start;
+        T total = bias[i];
+        for (int32_t j = 0; j < r; ++j) total += S[start + j] * C[i * args.r_max + j];
+        store_as(y + i, total);
+    }
+}
+
+// All tokens of groups that are few in them; f(group) says whether one is.
+template <class T, class X, class F>
+void update_few(const adamss_forward_args& args, const adamss_groups& groups, const ColumnIndex& all, const F& f) {
+    struct Place {
+        int64_t group, token;
+    };
+    int64_t count = 0;
+    Buffer<Place> places(groups.starts[groups.count]);
+    for (int64_t group = 0; group < groups.count; ++group)
+        for (int64_t i = groups.starts[group]; f(group) && i < groups.starts[group + 1]; ++i)
+            places[count++] = {group, groups.tokens[i]};
+    Buffer<T> bias(all.stride);
+    if (args.bias) to_arithmetic(static_cast<const X*>(args.bias), bias.data(), args.layout.N);
+    constexpr int64_t SPAN = 4;
+    parallel_blocks((count + SPAN - 1) / SPAN, [&](int64_t block) {
+        Buffer<T> scratch(args.R + args.layout.offsets[args.layout.K] + Vector<T>::width);
+        for (int64_t i = block * SPAN; i < smaller(count, (block + 1) * SPAN); ++i)
+            update_token<T, X>(of_group<T>(args, groups, places[i].group), all, bias.data(), places[i].token,
+                               scratch.data(), scratch.data() + args.R);
+    });
+}
+
 template <class T, class X>
 adamss_status grouped_forward(const adamss_forward_args& args, const adamss_groups& groups) {
     const adamss_layout& l = args.layout;
     const int64_t N = l.N, rho = l.offsets[l.K];
     const adamss_layout unmasked = {l.N, l.K, l.row_subspace, l.offsets, nullptr, nullptr};
     const ColumnIndex all(unmasked, Columns(unmasked), Vector<T>::width);
+    const auto is_few = [&](int64_t group) {
+        return args.P && groups.starts[group + 1] - groups.starts[group] <= FEW_TOKENS;
+    };
+    update_few<T, X>(args, groups, all, is_few);
     ByGroup<Update<T, X>> updates(groups);
-    updates.make([&](int64_t group) { return new Update<T, X>(of_group<T>(args, groups, group), &all); },
-                 [](const Update<T, X>& update) { return update.blocks(); });
+    updates.make(
+        [&](int64_t group) {
+            return is_few(group) ? nullptr : new Update<T, X>(of_group<T>(args, groups, group), &all);
+        },
+        [](const Update<T, X>& update) { return update.blocks(); });
     updates.for_blocks([](const Update<T, X>& update, int64_t block) { update.block(block); });
     for_others(groups, args.M, [&](int64_t m) {
         X* const y = static_cast<X*>(args.y) + m * N;
