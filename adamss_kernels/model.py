@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
+from .bases import foreign_kind
 from .config import AdaMSSConfig, require_config
-from .decompose import decompose
 from .frozen_linear import FrozenLinear
 from .linear import FusedAdaMSSLinear
+from .over_base import adapt
 from .targets import modules_named, target_linears
 
 
 def inject_adamss(model: nn.Module, config: AdaMSSConfig, *, progress: bool = True) -> nn.Module:
-    """Replace the targeted `nn.Linear`s by `FusedAdaMSSLinear` and freeze everything else.
+    """Replace the targeted linear layers by `FusedAdaMSSLinear` and freeze everything else.
+
+    Those are plain `nn.Linear`s and, with a base that goes on computing its own product (`AdaMSSOverBase`), Conv1D of
+    transformers and layers that bitsandbytes (NF4, FP4, int8) or torchao (int8, float8) has quantised, whose dequantised
+    weight is decomposed. One layer at a time is dequantised, and nothing of that is kept.
 
     Trainable afterwards: B and C of every adapted layer, and all parameters under `config.modules_to_save`. What an
     earlier call has adapted is left as it is and trains too. A module that is registered under several names is
@@ -33,18 +39,19 @@ def inject_adamss(model: nn.Module, config: AdaMSSConfig, *, progress: bool = Tr
 
     Raises:
         ValueError: A pattern matches nothing, or `model` is itself the linear layer, has adapters of PEFT, or is
-            wrapped in DDP.
-        TypeError: A target is not exactly an `nn.Linear` (but a subclass, a `Conv1D`, a quantised layer), so that its
-            forward cannot be replaced safely, or its weight is quantised or sharded. The message names it.
+            wrapped in DDP; or a target's weight is not there, because accelerate offloads it: the message names the
+            first.
+        TypeError: A target is none of these (but a subclass, parametrised, sharded, quantised otherwise), so that its
+            forward cannot be replaced safely. The message names it and says why.
 
     Warns:
         UserWarning: Without `target_modules`, such layers are passed over; the message says how many of which class.
+            Experts of a mixture whose weights are one three-dimensional parameter always are, and counted.
     """
     require_config(config)
 
-    def build(linear: nn.Linear, name: str) -> FusedAdaMSSLinear:
-        decomposition = decompose(linear.weight, linear.bias, config, name=name)
-        return FusedAdaMSSLinear(linear.weight, linear.bias, decomposition, config)
+    def build(base: nn.Module, name: str) -> FusedAdaMSSLinear:
+        return adapt(name, base, config)
 
     replace_targets(model, config, build, title="AdaMSS init", progress=progress)
     return model
@@ -53,7 +60,7 @@ def inject_adamss(model: nn.Module, config: AdaMSSConfig, *, progress: bool = Tr
 def replace_targets(
     model: nn.Module,
     selection: AdaMSSConfig,
-    build: Callable[[nn.Linear, str], FrozenLinear],
+    build: Callable[[nn.Module, str], FrozenLinear],
     *,
     title: str,
     progress: bool,
@@ -64,8 +71,10 @@ def replace_targets(
     """
     from tqdm.auto import tqdm
 
-    if isinstance(model, nn.Linear):
-        raise ValueError("model: is itself an nn.Linear, which cannot be replaced in place; use from_linear")
+    if isinstance(model, nn.Linear) or foreign_kind("model", model) is not None:
+        raise ValueError(
+            f"model: is itself a linear layer ({type(model).__name__}), which cannot be replaced in place; use from_linear"
+        )
     for name, module in model.named_modules():
         if hasattr(module, "base_layer") and hasattr(module, "active_adapters"):
             raise ValueError(
@@ -77,7 +86,7 @@ def replace_targets(
     modules_named(model, selection.modules_to_save or ())
     targets = target_linears(model, selection)
 
-    layers: dict[nn.Linear, FrozenLinear] = {}
+    layers: dict[nn.Module, FrozenLinear] = {}
     with tqdm(targets.items(), desc=title, unit="layer", disable=not progress) as bar:
         for name, linear in bar:
             bar.set_postfix_str(name)
@@ -117,6 +126,8 @@ def swap(model: nn.Module, replacements: Mapping[Any, nn.Module]) -> None:
         if new is not None:
             for key in _HOOKS:
                 setattr(new, key, getattr(module, key))
+            if "_hf_hook" in module.__dict__:
+                importlib.import_module(f"{__package__}.integrations.accelerate").move_hook(module, new)
             model.set_submodule(name, new)
 
 

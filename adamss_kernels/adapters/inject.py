@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ..bases import plain_linear
 from ..config import AdaMSSConfig
 from ..frozen_linear import LAYERS_BY_METHOD
 from ..model import replace_targets
@@ -69,7 +70,8 @@ def inject_adapter(
         raise ValueError(f"method: expected one of {tuple(METHODS)}, got {method!r}")
     choice = AdaMSSConfig(target_modules=target_modules, modules_to_save=modules_to_save)
 
-    def build(linear: nn.Linear, name: str) -> AdapterLinear:
+    def build(base: nn.Module, name: str) -> AdapterLinear:
+        linear = plain_linear(name, base)
         try:
             layer = METHODS[method](linear.weight, linear.bias, **options)
         except ValueError as error:
