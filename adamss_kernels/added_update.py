@@ -18,8 +18,8 @@ def add_update(
 ) -> Tensor:
     """Return y + S C^T with S = (x A^T + a) B^T, in y's memory where no transform looks on.
 
-    Differentiable in y, x, B and C, as `adamss_linear`: y goes through, so that what computed it adds its own gradient of
-    x. Two products of PyTorch, of (M, D) by (D, RHO) and (M, RHO) by (RHO, N), whose sum rounds once to y's dtype.
+    Differentiable in y, x, B and C, as `adamss_linear` is: dy goes through to what has computed y, which adds its own
+    gradient of x. Two products of PyTorch, (M, D) by (D, RHO) and (M, RHO) by (RHO, N); the sum rounds once.
 
     Args:
         y: (..., N), a fresh tensor that nobody else holds.
@@ -70,9 +70,7 @@ def _unviewed(y: Tensor) -> Tensor:
 def _add(
     y: Tensor, x: Tensor, B: Tensor, C: Tensor, subspaces: Subspaces, keep_S: bool, keep_P: bool
 ) -> tuple[Tensor, Tensor]:
-    return reference.add_update(
-        y.view(-1, C.shape[0]), x.reshape(-1, x.shape[-1]), B, C, subspaces, keep_S, keep_P
-    )
+    return reference.add_update(y.view(-1, C.shape[0]), x.reshape(-1, x.shape[-1]), B, C, subspaces, keep_S, keep_P)
 
 
 def _formula(ctx: Any, dy: Tensor, saved: tuple[Any, ...]) -> Gradients:
@@ -123,7 +121,7 @@ _gradients = higher_order(_formula)(_closed_form)
 class _AddUpdate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, x, B, C, subspaces, save_for_backward):
-        _, need_dx, need_dB, need_dC, *_ = ctx.needs_input_grad
+        *_, need_dB, need_dC, _, _ = ctx.needs_input_grad
         need_dB, need_dC = need_dB and subspaces.learns, need_dC and subspaces.learns
         N, D = C.shape[0], x.shape[-1]
         keep_P = need_dB and keeps_projection(save_for_backward, (N, D), subspaces.basis)
@@ -131,7 +129,9 @@ class _AddUpdate(torch.autograd.Function):
         S, P = _add(y, x, B, C, subspaces, need_dC, keep_P)
         ctx.mark_dirty(y)
         ctx.learns, ctx.shape = subspaces.learns, x.shape
-        ctx.save_for_backward(x if keep_x else None, S if need_dC else None, P if keep_P else None, B, C, *subspaces[:6])
+        ctx.save_for_backward(
+            x if keep_x else None, S if need_dC else None, P if keep_P else None, B, C, *subspaces[:6]
+        )
         return y
 
     @staticmethod

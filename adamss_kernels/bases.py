@@ -1,8 +1,8 @@
 """What can be adapted: `nn.Linear` itself, and linear layers of other libraries, each read by its integration.
 
-A base of another library keeps its own forward, to whose output the update is added (`over_base.py`). What the core needs
-to know of it is a `Kind`, which the module of `integrations` for its library gives; that is imported when such a layer
-is met, and then the library itself is there.
+A base of another library keeps its own forward, to whose output the update is added (`over_base.py`). What the core
+needs to know of it is a `Kind`, which the module of `integrations` for its library gives; that is imported when such a
+layer is met, and then the library itself is there.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import importlib
 from collections.abc import Callable
 from typing import NamedTuple
 
-from torch import Tensor, nn
-from torch import bfloat16, float16, float32, float64
+from torch import Tensor, bfloat16, float16, float32, float64, nn
 from torch.nn.utils import parametrize
 
 from .frozen_linear import FrozenLinear
@@ -130,8 +129,8 @@ def _why_not(name: str, module: nn.Module) -> str:
         return ", which is adapted already"
     if type(module).__name__ == "NonDynamicallyQuantizableLinear":
         return (
-            ": nn.MultiheadAttention reads the weight of its out_proj and never calls it, so that an update there would "
-            "have no effect"
+            ": nn.MultiheadAttention reads the weight of its out_proj and never calls it, so that an update there would"
+            " have no effect"
         )
     if parametrize.is_parametrized(module):
         which = ", ".join(

@@ -23,7 +23,7 @@ from .compact import num_probes, probe, solve
 from .config import AdaMSSConfig
 from .decompose import Decomposition, augmented, rebuild_basis
 from .distributed import full_tensor, is_writer, unwrap, wait_for_writer
-from .frozen_linear import BASE_KEYS, LAYERS_BY_METHOD, FrozenLinear
+from .frozen_linear import LAYERS_BY_METHOD, FrozenLinear
 from .layout import SubspaceLayout
 from .linear import FusedAdaMSSLinear
 from .model import adapted_layers, replace_modules, saved_modules
@@ -113,7 +113,7 @@ def write_layers(
     }
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        stored = {key: full_tensor(t) for key, t in layer.state_dict().items() if key not in BASE_KEYS}
+        stored = {key: full_tensor(t) for key, t in layer.update_state().items()}
         weight, bias = layer.base_parameters()
         _require_values(name, weight)
         info = header["layers"][name] = {
@@ -386,7 +386,7 @@ def _load_related(name: str, weight: Tensor, bias: Tensor | None, checkpoint: Ch
     N, D = weight.shape
     shape = nn.Linear(D, N, bias=bias is not None, device="meta", dtype=weight.dtype)
     layer = LAYERS_BY_METHOD[info["method"]].from_linear(shape, **info["options"])
-    slots = {key: slot for key, slot in layer.state_dict().items() if key not in BASE_KEYS}
+    slots = layer.update_state()
     state = {key: checkpoint.take(f"layers.{name}.{key}", tuple(slot.shape)) for key, slot in slots.items()}
     layer.weight, layer.bias = weight, bias
     layer.load_state_dict({key: t.to(weight.device) for key, t in state.items()}, strict=False, assign=True)

@@ -174,6 +174,10 @@ class FrozenLinear(nn.Module):
         """Return a weight (N, D) as `self.weight` holds it."""
         return weight
 
+    def update_state(self) -> dict[str, Tensor]:
+        """Return what of the state dict is the update's."""
+        return {key: t for key, t in self.state_dict().items() if key not in BASE_KEYS}
+
     def base_parameters(self) -> tuple[Tensor, Tensor | None]:
         """Return W and bias without the update, merged or not (then where `merge` keeps them)."""
         weight, bias = self._original or (self.weight, self.bias)

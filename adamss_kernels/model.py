@@ -20,9 +20,9 @@ from .targets import modules_named, target_linears
 def inject_adamss(model: nn.Module, config: AdaMSSConfig, *, progress: bool = True) -> nn.Module:
     """Replace the targeted linear layers by `FusedAdaMSSLinear` and freeze everything else.
 
-    Those are plain `nn.Linear`s and, with a base that goes on computing its own product (`AdaMSSOverBase`), Conv1D of
-    transformers and layers that bitsandbytes (NF4, FP4, int8) or torchao (int8, float8) has quantised, whose dequantised
-    weight is decomposed. One layer at a time is dequantised, and nothing of that is kept.
+    Those are plain `nn.Linear`s and, as bases that go on computing their own product (`AdaMSSOverBase`), Conv1D of
+    transformers and layers that bitsandbytes (NF4, FP4, int8) or torchao (int8, float8) has quantised. Of these it is
+    the dequantised weight that is decomposed, one layer at a time, and nothing of it is kept.
 
     Trainable afterwards: B and C of every adapted layer, and all parameters under `config.modules_to_save`. What an
     earlier call has adapted is left as it is and trains too. A module that is registered under several names is
@@ -73,7 +73,8 @@ def replace_targets(
 
     if isinstance(model, nn.Linear) or foreign_kind("model", model) is not None:
         raise ValueError(
-            f"model: is itself a linear layer ({type(model).__name__}), which cannot be replaced in place; use from_linear"
+            f"model: is itself a linear layer ({type(model).__name__}), which cannot be replaced in place; for an "
+            "nn.Linear use from_linear"
         )
     for name, module in model.named_modules():
         if hasattr(module, "base_layer") and hasattr(module, "active_adapters"):

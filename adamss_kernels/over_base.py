@@ -45,8 +45,8 @@ class AdaMSSOverBase(FusedAdaMSSLinear):
         """
         if config.backend not in ("auto", "reference"):
             raise ValueError(
-                f"backend: expected 'auto' or 'reference' over a {kind.name}, whose update is computed by plain PyTorch, "
-                f"got {config.backend!r}"
+                f"backend: expected 'auto' or 'reference' over a {kind.name}, whose update plain PyTorch computes, got "
+                f"{config.backend!r}"
             )
         N, D = decomposition.layout.num_rows, decomposition.basis.shape[1]
         super().__init__(nn.Parameter(torch.empty(N, D, device="meta")), None, decomposition, config)
@@ -54,7 +54,7 @@ class AdaMSSOverBase(FusedAdaMSSLinear):
         own = _copy(base)
         self._base_names = (tuple(own._parameters), tuple(own._buffers))
         # One namespace for both: what is moved, cast, assigned or loaded here is what the base computes with.
-        self.__dict__["_parameters"] = {**self._parameters, **own._parameters}
+        self.__dict__["_parameters"] = {**own._parameters, "B": self.B, "C": self.C}
         self.__dict__["_buffers"] = {**own._buffers, **self._buffers}
         self._non_persistent_buffers_set |= own._non_persistent_buffers_set
         _share(own, self._parameters, self._buffers, self._non_persistent_buffers_set)
@@ -107,9 +107,7 @@ class AdaMSSOverBase(FusedAdaMSSLinear):
         super().merge(keep_original_on=keep_original_on)
 
     def unloaded(self, dtype: torch.dtype | None = None) -> nn.Module:
-        """Return what `merge_and_unload` puts in this layer's place: a layer of the base's class, or if it is quantised a
-        plain `nn.Linear`.
-        """
+        """Return what `merge_and_unload` puts in this layer's place: `to_linear`, or a `Conv1D` over a Conv1D."""
         if self.kind.stored is None:
             return self.to_linear(dtype)
         linear, base = self.to_linear(dtype), self.bare_base()
@@ -117,6 +115,13 @@ class AdaMSSOverBase(FusedAdaMSSLinear):
         if linear.bias is not None:
             base.bias = linear.bias
         return base
+
+    def update_state(self) -> dict[str, Tensor]:
+        """Return what of the state dict is the update's, without what the base adds to it."""
+        state: dict[str, Tensor] = {}
+        nn.Module._save_to_state_dict(self, state, "", False)
+        of_base = {name for names in self._base_names for name in names}
+        return {key: t for key, t in state.items() if key not in of_base}
 
     def _dense(self) -> tuple[Tensor, Tensor | None]:
         return dense(self.__dict__["_base"], self.kind)
@@ -177,9 +182,12 @@ def layer_over(
 
 
 def _copy(base: nn.Module) -> nn.Module:
-    """Return a module with the attributes of `base`, and its class's forward."""
+    """Return a module with the attributes of `base`, but methods of its class where some were replaced on it alone.
+
+    Those are bound to it: accelerate's hooks, and the text that torchao prints.
+    """
     copied = type(base).__new__(type(base))
-    replaced = ("forward", "_hf_hook", "_old_forward")
+    replaced = ("forward", "_hf_hook", "_old_forward", "extra_repr")
     copied.__dict__.update((key, value) for key, value in base.__dict__.items() if key not in replaced)
     return copied
 

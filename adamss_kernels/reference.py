@@ -56,9 +56,7 @@ def add_update(
     return S if keep_S else x.new_empty(0, dtype=S.dtype), P
 
 
-def _factors(
-    x: Tensor, B: Tensor, C: Tensor, subspaces: Subspaces, keep_P: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _factors(x: Tensor, B: Tensor, C: Tensor, subspaces: Subspaces, keep_P: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Return S (M, RHO), P or an empty tensor, and C^T (RHO, N) in x's dtype."""
     basis, basis_bias, row_subspace, offsets, active, *_ = subspaces
     acc = accumulation_dtype(x.dtype)

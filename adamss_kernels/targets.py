@@ -101,7 +101,9 @@ def _expert_weights(name: str, module: nn.Module) -> Iterator[str]:
 
 
 def _said_of(experts: list[str]) -> str:
-    return f"{len(experts)} weights of experts that are three-dimensional parameters, not layers, such as {min(experts)!r}"
+    return (
+        f"{len(experts)} weights of experts that are three-dimensional parameters, not layers, such as {min(experts)!r}"
+    )
 
 
 def _require_weights(model: nn.Module, targets: dict[str, nn.Module]) -> None:

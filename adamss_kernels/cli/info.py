@@ -16,6 +16,7 @@ from ..functional import adamss_linear
 from ..layout import SubspaceLayout
 
 _LIBRARIES = ("torch", "triton", "numpy", "scikit-learn", "safetensors", "peft", "transformers")
+_LIBRARIES += ("accelerate", "bitsandbytes", "torchao")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,4 +8,4 @@ from torch import nn
 
 def move_hook(module: nn.Module, new: nn.Module) -> None:
     """Give `new` the hook of `module`, around its own forward; `module`, which is going, keeps it too."""
-    add_hook_to_module(new, module._hf_hook)  # type: ignore[arg-type]
+    add_hook_to_module(new, module._hf_hook)

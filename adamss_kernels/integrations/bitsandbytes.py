@@ -6,15 +6,16 @@ import copy
 from typing import Any
 
 import torch
-from bitsandbytes import functional, nn as bnb
-from torch import Tensor, nn
+from bitsandbytes import functional
+from bitsandbytes import nn as bnb
+from torch import Tensor
 
 from ..bases import Kind
 
 _4BIT = (bnb.Linear4bit, bnb.LinearNF4, bnb.LinearFP4)
 
 
-def kind_of(name: str, module: nn.Module) -> Kind | None:
+def kind_of(name: str, module: Any) -> Kind | None:
     """Return how a linear layer of bitsandbytes is read, None for anything else; see `bases.foreign_kind`."""
     if type(module) in _4BIT:
         if _quant_state(module) is None:

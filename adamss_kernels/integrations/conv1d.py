@@ -13,7 +13,9 @@ def kind_of(name: str, module: nn.Module) -> Kind | None:
     if type(module) is not Conv1D:
         return None
     if type(module._parameters.get("weight")) is not nn.Parameter:
-        raise TypeError(f"the weight of {name!r} is no plain torch.nn.Parameter; adapt the model before it is quantised")
+        raise TypeError(
+            f"the weight of {name!r} is no plain torch.nn.Parameter; adapt the model before it is quantised"
+        )
     return _CONV1D
 
 

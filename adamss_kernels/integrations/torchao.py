@@ -28,14 +28,17 @@ def _weight(module: Any) -> Tensor:
     return module.weight.dequantize()
 
 
+def _forward(module: nn.Module, x: Tensor) -> Tensor:
+    return F.linear(x, module.weight, module.bias)  # type: ignore[arg-type]
+
+
 class _DynamicLinear(torch.autograd.Function):
     """A product with quantised x, which torchao does not differentiate: straight through, with the dequantised W."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: Any) -> Tensor:
         ctx.module = module
-        y: Tensor = F.linear(x, module.weight, module.bias)
-        return y
+        return _forward(module, x)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
@@ -45,8 +48,8 @@ class _DynamicLinear(torch.autograd.Function):
 def _forward_dynamic(module: nn.Module, x: Tensor) -> Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
         return _DynamicLinear.apply(x, module)
-    return F.linear(x, module.weight, module.bias)  # type: ignore[arg-type]
+    return _forward(module, x)
 
 
-_WEIGHT_ONLY = Kind("torchao weight-only linear", True, _weight, nn.Linear.forward)
+_WEIGHT_ONLY = Kind("torchao weight-only linear", True, _weight, _forward)
 _DYNAMIC = Kind("torchao linear with dynamic activations", True, _weight, _forward_dynamic)
