@@ -258,10 +258,10 @@ class AdapterBank:
         """Take an adapter in, after checking all of it."""
         with self._lock:
             self._require_new(name)
-            for module, layer in layers.items():
-                if isinstance(layer, AdaMSSOverBase):
+            for module, own in layers.items():
+                if isinstance(own, AdaMSSOverBase):
                     raise ValueError(
-                        f"adapter {name!r}: layer {module!r} is a {layer.kind.name}; an AdapterBank takes plain nn.Linear"
+                        f"adapter {name!r}: layer {module!r} is a {own.kind.name}; an AdapterBank takes plain nn.Linear"
                     )
             if self._layers:
                 layers = self._fitted(name, layers)
