@@ -32,6 +32,7 @@ from .decompose import augmented
 from .linear import FusedAdaMSSLinear
 from .mixed_batch import MixedBatch, under_way
 from .model import adapted_layers, swap
+from .over_base import AdaMSSOverBase, adapt
 from .sketch import sketch_linear
 from .targets import modules_named, target_linears
 
@@ -182,7 +183,7 @@ class AdapterBank:
         else:
             targets = target_linears(self.model, config)
             with tqdm(targets.items(), desc="AdaMSS init", unit="layer", disable=not progress) as bar:
-                made = {linear: FusedAdaMSSLinear.from_linear(linear, config, name=module) for module, linear in bar}
+                made = {base: adapt(module, base, config) for module, base in bar}
             layers = {module: made[linear] for module, linear in targets.items()}
         heads = {
             module: _head(name, module, found)
@@ -270,6 +271,11 @@ class AdapterBank:
         """Take an adapter in, after checking all of it."""
         with self._lock:
             self._require_new(name)
+            for module, own in layers.items():
+                if isinstance(own, AdaMSSOverBase):
+                    raise ValueError(
+                        f"adapter {name!r}: layer {module!r} is a {own.kind.name}; an AdapterBank takes plain nn.Linear"
+                    )
             if self._layers:
                 layers = self._fitted(name, layers)
                 if heads.keys() != self._heads.keys():

@@ -18,14 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from .atomic import replace_file
+from .bases import dense, foreign_kind, plain_linear
 from .compact import num_probes, probe, solve
 from .config import AdaMSSConfig
 from .decompose import Decomposition, augmented, rebuild_basis
 from .distributed import full_tensor, gather_objects, is_sharded, is_writer, require_module, reshard, together, unwrap
-from .frozen_linear import BASE_KEYS, LAYERS_BY_METHOD, FrozenLinear, plain_linear
+from .frozen_linear import LAYERS_BY_METHOD, FrozenLinear
 from .layout import SubspaceLayout
 from .linear import FusedAdaMSSLinear
 from .model import adapted_layers, replace_modules, saved_modules
+from .over_base import AdaMSSOverBase
 from .sharded import fill, fill_layers
 from .sketch import SKETCH_SHAPE, relative_difference, sketch, sketch_linear
 
@@ -115,15 +117,15 @@ def write_layers(
     }
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        stored = {key: full_tensor(t) for key, t in layer.state_dict().items() if key not in BASE_KEYS}
+        stored = {key: full_tensor(t) for key, t in layer.update_state().items()}
+        weight, bias = layer.base_parameters()
+        _require_values(name, weight)
         info = header["layers"][name] = {
             "out_features": layer.out_features,
             "in_features": layer.in_features,
             "bias": layer.bias is not None,
-            "base_dtype": str(layer.weight.dtype).removeprefix("torch."),
+            "base_dtype": str(weight.dtype).removeprefix("torch."),
         }
-        weight, bias = layer.base_parameters()
-        _require_values(name, weight)
         if writes or is_sharded(weight):
             stored["base_sketch"] = sketch_linear(weight, bias)
         if isinstance(layer, FusedAdaMSSLinear):
@@ -377,7 +379,12 @@ def _load_layer(
     N, D = info["out_features"], info["in_features"]
     weight: Tensor
     bias: Tensor | None
-    if type(module) is nn.Linear:
+    # A layer of another library as it was before it was adapted, of which W is read once and let go.
+    base = module.bare_base() if isinstance(module, AdaMSSOverBase) else module
+    kind = foreign_kind(name, base)
+    if kind is not None:
+        weight, bias = dense(base, kind)
+    elif type(module) is nn.Linear:
         weight, bias = plain_linear(name, module).weight, module.bias
     elif isinstance(module, FrozenLinear):
         weight, bias = module.weight, module.bias
@@ -386,7 +393,9 @@ def _load_layer(
             weight = nn.Parameter(weight.to(module.weight), requires_grad=False)
             bias = None if bias is None else nn.Parameter(bias.to(module.weight), requires_grad=False)
     else:
-        raise ValueError(f"{name}: expected an nn.Linear or an adapted one, got {type(module).__qualname__}")
+        raise ValueError(
+            f"{name}: expected an nn.Linear or another layer that can be adapted, got {type(module).__qualname__}"
+        )
     if tuple(weight.shape) != (N, D) or (bias is not None) != info["bias"]:
         expected, got = (
             f"{shape} {'with' if b else 'without'} bias"
@@ -398,17 +407,25 @@ def _load_layer(
     if not shapes_only:
         _require_values(name, weight)
         _check_base(name, known.sketch if known else sketch_linear(weight, bias), trained_on, strict)
-    layer = (
-        _load_related(name, weight, bias, checkpoint)
-        if "method" in info
-        else _load_adamss(name, weight, bias, checkpoint, strict, known)
-    )
+    if "method" not in info:
+        decomposition, config, masks = _load_adamss(name, weight, bias, checkpoint, strict, known)
+        layer: FrozenLinear
+        if kind is None:
+            layer = adamss = FusedAdaMSSLinear(weight, bias, decomposition, config)
+        else:
+            layer = adamss = AdaMSSOverBase(base, kind, decomposition, config)
+        adamss.set_masks(*masks)
+    elif kind is None:
+        layer = _load_related(name, weight, bias, checkpoint)
+    else:
+        raise ValueError(f"{name}: {info['method']} takes a plain nn.Linear, got a {kind.name}")
     return layer.train(module.training)
 
 
 def _load_adamss(
     name: str, weight: Tensor, bias: Tensor | None, checkpoint: Checkpoint, strict: bool, known: KnownBase | None
-) -> FusedAdaMSSLinear:
+) -> tuple[Decomposition, AdaMSSConfig, tuple[Tensor, Tensor]]:
+    """Return what an AdaMSS layer over this weight is made of, and its masks."""
     info = checkpoint.header["layers"][name]
     stored_config = info.get("config", checkpoint.header.get("config"))
     if stored_config is None:
@@ -453,9 +470,7 @@ def _load_adamss(
 
     basis_bias = None if basis_bias is None else basis_bias.to(weight.device)
     decomposition = Decomposition(basis.to(weight.device), basis_bias, layout, t["B"], t["C"])
-    layer = FusedAdaMSSLinear(weight, bias, decomposition, config)
-    layer.set_masks(t["active"], t["trainable"])
-    return layer
+    return decomposition, config, (t["active"], t["trainable"])
 
 
 def _load_related(name: str, weight: Tensor, bias: Tensor | None, checkpoint: Checkpoint) -> FrozenLinear:
@@ -466,7 +481,7 @@ def _load_related(name: str, weight: Tensor, bias: Tensor | None, checkpoint: Ch
     N, D = weight.shape
     shape = nn.Linear(D, N, bias=bias is not None, device="meta", dtype=weight.dtype)
     layer = LAYERS_BY_METHOD[info["method"]].from_linear(shape, **info["options"])
-    slots = {key: slot for key, slot in layer.state_dict().items() if key not in BASE_KEYS}
+    slots = layer.update_state()
     state = {key: checkpoint.take(f"layers.{name}.{key}", tuple(slot.shape)) for key, slot in slots.items()}
     layer.weight, layer.bias = weight, bias
     layer.load_state_dict({key: t.to(weight.device) for key, t in state.items()}, strict=False, assign=True)

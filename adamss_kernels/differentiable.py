@@ -27,14 +27,19 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, B: Tensor, C: Tensor
         C: (N, r_max).
         subspaces: Basis, row map and masks; B and C are constants where a subspace is not trainable.
     """
+    return F.linear(x, weight, bias) + update(x, B, C, subspaces)
+
+
+def update(x: Tensor, B: Tensor, C: Tensor, subspaces: Subspaces) -> Tensor:
+    """Return S C^T alone: (..., N), dtype of x; arguments as of `forward`."""
     factors = _factors(B, C, subspaces, accumulation_dtype(x.dtype))
-    return F.linear(x, weight, bias) + (_S(x, factors) @ factors.Ct).to(x.dtype)
+    return (_S(x, factors) @ factors.Ct).to(x.dtype)
 
 
 def backward(
     dy: Tensor,
     x: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     B: Tensor,
     C: Tensor,
     subspaces: Subspaces,
@@ -42,7 +47,7 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of `forward` for two-dimensional x, as `reference.backward` does, None where not wanted.
 
-    x is needed for dweight, dB and dC.
+    x is needed for dweight, dB and dC. Without a weight dx is that of `update` alone.
     """
     need_dx, need_dweight, need_dbias, need_dB, need_dC = needs
     acc = accumulation_dtype(dy.dtype)
@@ -52,7 +57,9 @@ def backward(
     dx = dweight = dbias = dB = dC = None
     if need_dx:
         Q = factors.B if subspaces.basis is None else factors.B @ subspaces.basis.to(acc)
-        dx = dy @ weight + (dS @ Q).to(dy.dtype)
+        dx = (dS @ Q).to(dy.dtype)
+        if weight is not None:
+            dx = dy @ weight + dx
     if need_dB:
         assert x is not None
         dB = (dS.T @ _P(x, subspaces, acc)).masked_fill(~learns[:, None], 0).to(B.dtype)

@@ -89,12 +89,12 @@ class FrozenLinear(nn.Module):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name not in ("weight", "bias"))
 
-    def _merged_parameters(self) -> tuple[Tensor, Tensor | None]:
-        """Return W and bias plus their updates, summed in the update's dtype and rounded once."""
-        weight = (self.weight + self.delta_weight()).to(self.weight.dtype)
-        bias, delta_bias = self.bias, self.delta_bias()
-        if bias is not None and delta_bias is not None:
-            bias = (bias + delta_bias).to(bias.dtype)
+    def _merged_parameters(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return W and bias plus their updates, summed in the update's dtype and rounded once, to W's or to `dtype`."""
+        W, bias = self.base_parameters()
+        weight, delta_bias = (W + self.delta_weight()).to(dtype or W.dtype), self.delta_bias()
+        if bias is not None:
+            bias = (bias if delta_bias is None else bias + delta_bias).to(dtype or bias.dtype)
         if not (torch.isfinite(weight).all() and (bias is None or torch.isfinite(bias).all())):
             raise ValueError("merge: the merged weight or bias is not finite; the adapter has diverged")
         return weight, bias
@@ -128,7 +128,7 @@ class FrozenLinear(nn.Module):
             if parameter is not None and sys.getrefcount(own[name]) == 2:
                 _move(own[name], keep_original_on)
         self._original = (own["weight"], own["bias"])
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight = nn.Parameter(self._stored(weight), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     @torch.inference_mode(False)
@@ -151,14 +151,37 @@ class FrozenLinear(nn.Module):
         self._original = None
 
     @torch.no_grad()
-    def to_linear(self) -> nn.Linear:
-        """Return a plain `nn.Linear` with the update folded in, independent of this layer."""
-        weight, bias = (self.weight, self.bias) if self.merged else self._merged_parameters()
+    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """Return a plain `nn.Linear` with the update folded in, independent of this layer.
+
+        Args:
+            dtype: Of its parameters; None for that of the frozen weight, dequantised where it is quantised.
+
+        Raises:
+            ValueError: The weight or bias would not be finite.
+        """
+        weight, bias = self._dense() if self.merged else self._merged_parameters(dtype)
         linear = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
-        linear.weight = nn.Parameter(weight.detach().clone())
+        linear.weight = nn.Parameter(_contiguous_copy(weight, dtype))
         if bias is not None:
-            linear.bias = nn.Parameter(bias.detach().clone())
+            linear.bias = nn.Parameter(_contiguous_copy(bias, dtype))
         return linear.train(self.training)
+
+    def unloaded(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """Return what `merge_and_unload` puts in this layer's place: `to_linear`."""
+        return self.to_linear(dtype)
+
+    def _dense(self) -> tuple[Tensor, Tensor | None]:
+        """Return W (N, D) and bias as they stand, merged or not."""
+        return self.weight, self.bias
+
+    def _stored(self, weight: Tensor) -> Tensor:
+        """Return a weight (N, D) as `self.weight` holds it."""
+        return weight
+
+    def update_state(self) -> dict[str, Tensor]:
+        """Return what of the state dict is the update's."""
+        return {key: t for key, t in self.state_dict().items() if key not in BASE_KEYS}
 
     def base_parameters(self) -> tuple[Tensor, Tensor | None]:
         """Return W and bias without the update, merged or not (then where `merge` keeps them)."""
@@ -166,7 +189,7 @@ class FrozenLinear(nn.Module):
         return weight.detach(), None if bias is None else bias.detach()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+        self._save_base(destination, prefix, keep_vars)
         for name, original in (("original_weight", self.original_weight), ("original_bias", self.original_bias)):
             if original is not None:
                 destination[prefix + name] = original if keep_vars else original.detach()
@@ -177,7 +200,17 @@ class FrozenLinear(nn.Module):
         for name in ("weight", "bias"):
             if prefix + "original_" + name in state_dict:
                 state_dict[prefix + name] = state_dict.pop(prefix + "original_" + name)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._load_base(state_dict, prefix, *args)
+
+    def _save_base(self, *args: Any) -> None:
+        nn.Module._save_to_state_dict(self, *args)
+
+    def _load_base(self, *args: Any) -> None:
+        nn.Module._load_from_state_dict(self, *args)
+
+
+def _contiguous_copy(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.detach().to(dtype or tensor.dtype).clone(memory_format=torch.contiguous_format)
 
 
 def _move(parameter: nn.Parameter, device: str | torch.device) -> None:
@@ -187,35 +220,3 @@ def _move(parameter: nn.Parameter, device: str | torch.device) -> None:
     moved = parameter.data.to(device)
     if torch._has_compatible_shallow_copy_type(parameter, moved):
         parameter.data = moved
-
-
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def plain_linear(name: str, module: nn.Module) -> nn.Linear:
-    """Return `module` if it is a linear layer that can be adapted.
-
-    Raises:
-        TypeError: It is not exactly an `nn.Linear`, or its weight is not a plain floating-point parameter (but
-            quantised, sharded, or computed from others).
-    """
-    if type(module) is not nn.Linear:
-        kind = f"{type(module).__module__}.{type(module).__qualname__}"
-        message = f"{name!r} is a {kind}; only torch.nn.Linear itself can be adapted"
-        if isinstance(module, FrozenLinear):
-            message += ", and this layer is adapted already"
-        elif isinstance(module, nn.Module) and next(module.children(), None) is not None:
-            message += "; a whole model goes to inject_adamss"
-        raise TypeError(message)
-    weight: object = module.weight
-    if type(weight) is not nn.Parameter:
-        raise TypeError(
-            f"the weight of {name!r} is a {type(weight).__module__}.{type(weight).__qualname__}; only a plain "
-            "torch.nn.Parameter can be adapted, so adapt the model before it is quantised or sharded"
-        )
-    if weight.dtype not in _DTYPES:
-        raise TypeError(
-            f"the weight of {name!r} is of dtype {weight.dtype}; expected one of {_DTYPES}, so adapt the model before "
-            "it is quantised"
-        )
-    return module

@@ -252,7 +252,7 @@ def _formula(ctx: Any, dy: Tensor, saved: tuple[Any, ...]) -> Gradients:
         )
     gradients = differentiable.backward(dy, x, weight, B, C, Subspaces(*frozen), needs)
     if not ctx.learns:
-        gradients = (*gradients[:3], *_zero_gradients(ctx, (3, B), (4, C)))
+        gradients = (*gradients[:3], *zero_gradients(ctx, (3, B), (4, C)))
     return (*gradients, None, None, None)
 
 
@@ -261,7 +261,7 @@ class _FusedLinear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, B, C, subspaces, save_for_backward, backend):
         _, need_dweight, _, need_dB, need_dC, *_ = ctx.needs_input_grad
         need_dB, need_dC = need_dB and subspaces.learns, need_dC and subspaces.learns
-        keep_P = need_dB and not need_dweight and keeps_projection(save_for_backward, weight, subspaces.basis)
+        keep_P = need_dB and not need_dweight and keeps_projection(save_for_backward, weight.shape, subspaces.basis)
         keep_x = need_dweight or (not keep_P and (need_dB or (need_dC and save_for_backward == "input")))
         forward, _ = OPERATORS[backend]
         y, S, P = forward(x, weight, bias, B, C, *subspaces[:5], need_dC, keep_P)
@@ -282,7 +282,7 @@ class _FusedLinear(torch.autograd.Function):
         _, backward = OPERATORS[ctx.backend]
         dx, dweight, dbias, dB, dC = backward(dy, x, S, P, *saved[3:], needs)
         if not learns:
-            dB, dC = _zero_gradients(ctx, (3, B), (4, C))
+            dB, dC = zero_gradients(ctx, (3, B), (4, C))
         return (
             dx if need_dx else None,
             dweight if need_dweight else None,
@@ -313,20 +313,24 @@ class _BareLinear(torch.autograd.Function):
         dx = dy @ weight if need_dx else None
         dweight = dy.T @ x if need_dweight else None
         dbias = dy.sum(0) if need_dbias else None
-        return dx, dweight, dbias, *_zero_gradients(ctx, (3, B), (4, C))
+        return dx, dweight, dbias, *zero_gradients(ctx, (3, B), (4, C))
 
 
-def _zero_gradients(ctx, *arguments: tuple[int, Tensor]) -> list[Tensor | None]:
+def zero_gradients(ctx, *arguments: tuple[int, Tensor]) -> list[Tensor | None]:
+    """Return zeros for the arguments, given with their places, that need a gradient."""
     # Zero rather than None: DDP and FSDP wait for the gradient of every parameter that they manage.
     return [torch.zeros_like(tensor) if ctx.needs_input_grad[index] else None for index, tensor in arguments]
 
 
-def keeps_projection(save_for_backward: str, weight: Tensor, basis: Tensor | None) -> bool:
-    """Whether P is kept for backward; with "auto", where it costs under 1/16 of the base GEMM and is smaller than x."""
+def keeps_projection(save_for_backward: str, shape: tuple[int, ...], basis: Tensor | None) -> bool:
+    """Whether P is kept for backward; with "auto", where it costs under 1/16 of the base GEMM and is smaller than x.
+
+    `shape` is W's.
+    """
     if basis is None:
         return False
     if save_for_backward == "auto":
-        R, (N, D) = basis.shape[0], weight.shape
+        R, (N, D) = basis.shape[0], shape
         return 16 * R <= N and R < D
     return save_for_backward == "projection"
 

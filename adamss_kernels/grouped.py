@@ -76,7 +76,7 @@ class _GroupedLinear(torch.autograd.Function):
         _, need_dweight, *_ = ctx.needs_input_grad
         of_leaves = ctx.needs_input_grad[10:]
         need_dB, need_dC = any(of_leaves[::2]), any(of_leaves[1::2])
-        keep_P = need_dB and not need_dweight and keeps_projection(save_for_backward, weight, subspaces.basis)
+        keep_P = need_dB and not need_dweight and keeps_projection(save_for_backward, weight.shape, subspaces.basis)
         keep_x = need_dweight or (need_dB and not keep_P)
         forward, _ = GROUPED_OPERATORS[backend]
         y, S, P = forward(x, weight, bias, B, C, *subspaces[:5], *groups, need_dC, keep_P)

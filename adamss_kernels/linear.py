@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .bases import plain_linear
 from .config import AdaMSSConfig, require_config
 from .decompose import Decomposition, decompose
-from .frozen_linear import FrozenLinear, plain_linear
+from .frozen_linear import FrozenLinear
 from .functional import fused_linear
 from .layout import SubspaceLayout, block_diagonal, column_mask
 from .subspaces import Subspaces
@@ -70,11 +71,12 @@ class FusedAdaMSSLinear(FrozenLinear):
         self.register_buffer("basis", basis)
         self.register_buffer("basis_bias", basis_bias)
         self.register_buffer("row_subspace", layout.row_subspace)
-        self.register_buffer("ranks", torch.tensor(layout.ranks, dtype=torch.int32, device=weight.device))
+        device = layout.row_subspace.device
+        self.register_buffer("ranks", torch.tensor(layout.ranks, dtype=torch.int32, device=device))
         # Follows from the ranks; a buffer so that it moves with the module.
         self.register_buffer("offsets", layout.offsets, persistent=False)
-        self.register_buffer("active", torch.ones(layout.num_subspaces, dtype=torch.bool, device=weight.device))
-        self.register_buffer("trainable", torch.ones(layout.num_subspaces, dtype=torch.bool, device=weight.device))
+        self.register_buffer("active", torch.ones(layout.num_subspaces, dtype=torch.bool, device=device))
+        self.register_buffer("trainable", torch.ones(layout.num_subspaces, dtype=torch.bool, device=device))
         self._idle: _Idle | None = None
         self._layout = layout
 

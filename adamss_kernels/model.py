@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from .bases import foreign_kind
 from .config import AdaMSSConfig, require_config
-from .decompose import Decomposition, decompose
+from .decompose import Decomposition
 from .frozen_linear import FrozenLinear
 from .linear import FusedAdaMSSLinear
+from .over_base import adapt
 from .targets import modules_named, target_linears
 
 if TYPE_CHECKING:
@@ -21,7 +24,11 @@ if TYPE_CHECKING:
 def inject_adamss(
     model: nn.Module, config: AdaMSSConfig, *, progress: bool = True, group: ProcessGroup | None = None
 ) -> nn.Module:
-    """Replace the targeted `nn.Linear`s by `FusedAdaMSSLinear` and freeze everything else.
+    """Replace the targeted linear layers by `FusedAdaMSSLinear` and freeze everything else.
+
+    Those are plain `nn.Linear`s and, as bases that go on computing their own product (`AdaMSSOverBase`), Conv1D of
+    transformers and layers that bitsandbytes (NF4, FP4, int8) or torchao (int8, float8) has quantised. Of these it is
+    the dequantised weight that is decomposed, one layer at a time, and nothing of it is kept.
 
     Trainable afterwards: B and C of every adapted layer, and all parameters under `config.modules_to_save`. What an
     earlier call has adapted is left as it is and trains too. A module that is registered under several names is
@@ -40,14 +47,16 @@ def inject_adamss(
 
     Raises:
         ValueError: A pattern matches nothing, or `model` is itself the linear layer, has adapters of PEFT, or is
-            wrapped in DDP.
-        TypeError: A target is not exactly an `nn.Linear` (but a subclass, a `Conv1D`, a quantised layer), so that its
-            forward cannot be replaced safely, or its weight is quantised or sharded. The message names it.
+            wrapped in DDP; or a target's weight is not there, because accelerate offloads it: the message names the
+            first.
+        TypeError: A target is none of these (but a subclass, parametrised, sharded, quantised otherwise), so that its
+            forward cannot be replaced safely. The message names it and says why.
         RuntimeError: Another rank of `group` has failed.
 
     Warns:
         UserWarning: Without `target_modules`, such layers are passed over; the message says how many of which class.
             Or one of several names in `target_modules` is of no layer that is adapted.
+            Experts of a mixture whose weights are one three-dimensional parameter always are, and counted.
     """
     require_config(config)
 
@@ -59,9 +68,12 @@ def inject_adamss(
         assert group is not None
         shared.update(decompose_on_ranks(linears, config, group, progress=progress))
 
-    def build(linear: nn.Linear, name: str) -> FusedAdaMSSLinear:
-        decomposition = shared.get(name) or decompose(linear.weight, linear.bias, config, name=name)
-        return FusedAdaMSSLinear(linear.weight, linear.bias, decomposition, config)
+    def build(base: nn.Module, name: str) -> FusedAdaMSSLinear:
+        if name not in shared:
+            return adapt(name, base, config)
+        weight: Any = base.weight
+        bias: Any = base.bias
+        return FusedAdaMSSLinear(weight, bias, shared[name], config)
 
     prepare = None if group is None else share_out
     replace_targets(model, config, build, prepare, title="AdaMSS init", progress=progress and group is None)
@@ -71,7 +83,7 @@ def inject_adamss(
 def replace_targets(
     model: nn.Module,
     selection: AdaMSSConfig,
-    build: Callable[[nn.Linear, str], FrozenLinear],
+    build: Callable[[nn.Module, str], FrozenLinear],
     prepare: Callable[[Mapping[str, nn.Linear]], None] | None = None,
     *,
     title: str,
@@ -84,8 +96,11 @@ def replace_targets(
     """
     from tqdm.auto import tqdm
 
-    if isinstance(model, nn.Linear):
-        raise ValueError("model: is itself an nn.Linear, which cannot be replaced in place; use from_linear")
+    if isinstance(model, nn.Linear) or foreign_kind("model", model) is not None:
+        raise ValueError(
+            f"model: is itself a linear layer ({type(model).__name__}), which cannot be replaced in place; for an "
+            "nn.Linear use from_linear"
+        )
     for name, module in model.named_modules():
         if hasattr(module, "base_layer") and hasattr(module, "active_adapters"):
             raise ValueError(
@@ -98,9 +113,9 @@ def replace_targets(
     targets = target_linears(model, selection)
 
     if prepare is not None:
-        first = {linear: name for name, linear in reversed(targets.items())}
+        first = {layer: name for name, layer in reversed(targets.items()) if type(layer) is nn.Linear}
         prepare({name: linear for linear, name in first.items() if not linear.weight.is_meta})
-    layers: dict[nn.Linear, FrozenLinear] = {}
+    layers: dict[nn.Module, FrozenLinear] = {}
     with tqdm(targets.items(), desc=title, unit="layer", disable=not progress) as bar:
         for name, linear in bar:
             bar.set_postfix_str(name)
@@ -140,6 +155,8 @@ def swap(model: nn.Module, replacements: Mapping[Any, nn.Module]) -> None:
         if new is not None:
             for key in _HOOKS:
                 setattr(new, key, getattr(module, key))
+            if "_hf_hook" in module.__dict__:
+                importlib.import_module(f"{__package__}.integrations.accelerate").move_hook(module, new)
             model.set_submodule(name, new)
 
 

@@ -75,14 +75,14 @@ def _python_kernels(name, is_grouped):
     def forward(x, weight, bias, B, C, basis, basis_bias, row_subspace, offsets, active, *rest):
         subspaces = Subspaces(basis, basis_bias, row_subspace, offsets, active)
         groups = (Groups(*rest[:4]),) if is_grouped else ()
-        with _without_autocast(x):
+        with without_autocast(x):
             kernel = getattr(implementation(name), f"{prefix}forward")
             return kernel(x, weight, bias, B, C, subspaces, *groups, *rest[-2:])
 
     def backward(dy, x, S, P, weight, B, C, basis, basis_bias, row_subspace, offsets, active, trainable, *rest):
         subspaces = Subspaces(basis, basis_bias, row_subspace, offsets, active, trainable)
         groups = (Groups(*rest[:4]),) if is_grouped else ()
-        with _without_autocast(dy):
+        with without_autocast(dy):
             kernel = getattr(implementation(name), f"{prefix}backward")
             return kernel(dy, x, S, P, weight, B, C, subspaces, *groups, rest[-1])
 
@@ -105,7 +105,7 @@ def _library_kernels(name, is_grouped):
     return stand_in(0), stand_in(1)
 
 
-def _without_autocast(tensor):
+def without_autocast(tensor):
     """Switch autocast off inside, where it is on: `functional.py` has cast the operands, and float32 means float32."""
     device_type = tensor.device.type
     if torch.is_autocast_enabled(device_type):

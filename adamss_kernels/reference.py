@@ -40,6 +40,24 @@ def forward(
         S (M, RHO), accumulation dtype; empty (0,) unless `keep_S`.
         P (M, R), dtype of x; empty (0,) unless `keep_P`.
     """
+    S, P, Ct = _factors(x, B, C, subspaces, keep_P)
+    # The update comes first, so that the base GEMM accumulates onto it where a bias would have been broadcast.
+    y = S.to(x.dtype) @ Ct if bias is None else torch.addmm(bias, S.to(x.dtype), Ct)
+    y.addmm_(x, weight.T)
+    return y, S if keep_S else x.new_empty(0, dtype=S.dtype), P
+
+
+def add_update(
+    y: Tensor, x: Tensor, B: Tensor, C: Tensor, subspaces: Subspaces, keep_S: bool, keep_P: bool
+) -> tuple[Tensor, Tensor]:
+    """Add S C^T to y (M, N) in place, in y's dtype, which x has too; return S and P as `forward` does."""
+    S, P, Ct = _factors(x, B, C, subspaces, keep_P)
+    y.addmm_(S.to(x.dtype), Ct)
+    return S if keep_S else x.new_empty(0, dtype=S.dtype), P
+
+
+def _factors(x: Tensor, B: Tensor, C: Tensor, subspaces: Subspaces, keep_P: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return S (M, RHO), P or an empty tensor, and C^T (RHO, N) in x's dtype."""
     basis, basis_bias, row_subspace, offsets, active, *_ = subspaces
     acc = accumulation_dtype(x.dtype)
     if keep_P:
@@ -55,12 +73,7 @@ def forward(
             S += q
     if active is not None:
         S = S.masked_fill(~column_mask(active, offsets, B.shape[0]), 0)
-
-    Ct = block_diagonal(C.to(x.dtype), row_subspace, offsets, B.shape[0])
-    # The update comes first, so that the base GEMM accumulates onto it where a bias would have been broadcast.
-    y = S.to(x.dtype) @ Ct if bias is None else torch.addmm(bias, S.to(x.dtype), Ct)
-    y.addmm_(x, weight.T)
-    return y, S if keep_S else x.new_empty(0, dtype=acc), P
+    return S, P, block_diagonal(C.to(x.dtype), row_subspace, offsets, B.shape[0])
 
 
 def backward(
@@ -68,13 +81,13 @@ def backward(
     x: Tensor | None,
     S: Tensor | None,
     P: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     B: Tensor,
     C: Tensor,
     subspaces: Subspaces,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Compute the gradients of `forward`, closed form.
+    """Compute the gradients of `forward`, closed form; without a weight those of `add_update`, in which y goes through.
 
     dS = dy C, dC^T = S^T dy at the places of C, dB = dS^T P (P itself, or through x), dx = dy W + dS Q.
 
@@ -105,7 +118,8 @@ def backward(
     if need_dx:
         Q, _ = input_projection(basis, None, B, acc)
         dx = dS.to(dy.dtype) @ Q.to(dy.dtype)
-        dx.addmm_(dy, weight)
+        if weight is not None:
+            dx.addmm_(dy, weight)
     if need_dB:
         if P is not None:
             dB = (dS.to(dy.dtype).T @ P).to(acc)

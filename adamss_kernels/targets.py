@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
+from .bases import is_base, require_base
 from .config import AdaMSSConfig
-from .frozen_linear import FrozenLinear, plain_linear
+from .frozen_linear import FrozenLinear
 
 
 def modules_named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
@@ -28,35 +29,48 @@ def modules_named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module
     return found
 
 
-def target_linears(model: nn.Module, config: AdaMSSConfig) -> dict[str, nn.Linear]:
+def target_linears(model: nn.Module, config: AdaMSSConfig) -> dict[str, nn.Module]:
     """Return the linear layers to replace under every name they are registered by.
 
+    Those are plain `nn.Linear`s and the layers of other libraries that `bases.py` knows.
+
     Raises:
-        ValueError: There is none; the message lists candidates.
+        ValueError: There is none, and the message lists candidates; or one has its weight elsewhere.
         TypeError: One that is meant by name cannot be adapted.
 
     Warns:
-        UserWarning: Without `target_modules`, layers that are linear in name but no `nn.Linear` are passed over; or a
-            name among them is of no layer that is adapted.
+        UserWarning: Without `target_modules`, layers that are linear in name but cannot be adapted are passed over; and
+            so are the experts of a mixture whose weights are one three-dimensional parameter, wherever they are meant;
+            or a name in `target_modules` is of no layer that is adapted.
     """
     excluded = [re.compile(rf"(^|.*\.){re.escape(name)}($|\..*)") for name in config.modules_to_save or ()]
-    targets: dict[str, nn.Linear] = {}
+    targets: dict[str, nn.Module] = {}
     passed_over: dict[str, str] = {}
+    experts: list[str] = []
     for name, module in model.named_modules(remove_duplicate=False):
-        if not name or any(pattern.match(name) for pattern in excluded):
+        if any(pattern.match(name) for pattern in excluded):
+            continue
+        experts += [
+            parameter
+            for parameter in _expert_weights(name, module)
+            if (config.target_modules is None or _matches(name, config) or _matches(parameter, config))
+            and _in_layers(parameter, config)
+        ]
+        if not name:
             continue
         if config.target_modules is None:
-            if type(module) is not nn.Linear:
+            if not is_base(name, module):
                 kind = type(module).__name__
                 is_leaf = next(module.children(), None) is None
                 if is_leaf and ("Linear" in kind or kind == "Conv1D") and not isinstance(module, FrozenLinear):
                     passed_over[name] = kind
                 continue
-        elif not _matches(name, config):
+        elif not _matches(name, config) or next(_expert_weights(name, module), None):
             continue
         if not _in_layers(name, config):
             continue
-        targets[name] = plain_linear(name, module)
+        require_base(name, module)
+        targets[name] = module
     if not targets:
         candidates = _ends(model, excluded)
         kind = " as a regular expression for whole names" if isinstance(config.target_modules, str) else ""
@@ -66,6 +80,7 @@ def target_linears(model: nn.Module, config: AdaMSSConfig) -> dict[str, nn.Linea
             advice = "; target_modules=None takes them all"
         elif config.target_modules in candidates:
             advice = f"; for all that end so: target_modules=[{config.target_modules!r}]"
+        kind += f" ({_said_of(experts)})" if experts else ""
         raise ValueError(
             f"target_modules={config.target_modules!r} (layers_to_transform={config.layers_to_transform!r}) matches "
             f"no linear layer{kind}; names of linear layers in this model end in {candidates}{advice}"
@@ -78,24 +93,61 @@ def target_linears(model: nn.Module, config: AdaMSSConfig) -> dict[str, nn.Linea
                 f"of linear layers in this model end in {_ends(model, excluded)}",
                 stacklevel=4,
             )
+    _require_weights(model, targets)
     if passed_over:
         kinds = ", ".join(sorted(set(passed_over.values())))
         warnings.warn(
-            f"target_modules=None passes over {len(passed_over)} layers that are no torch.nn.Linear itself ({kinds}), "
-            f"such as {min(passed_over)!r}; {len(targets)} are adapted",
+            f"target_modules=None passes over {len(passed_over)} layers that cannot be adapted ({kinds}), such as "
+            f"{min(passed_over)!r}; {len(targets)} are adapted",
             stacklevel=4,
         )
+    if experts:
+        warnings.warn(f"passing over {_said_of(experts)}; {len(targets)} layers are adapted", stacklevel=4)
     return targets
 
 
 def _ends(model: nn.Module, excluded: list[re.Pattern[str]]) -> list[str]:
     """Return how the names of the linear layers of `model` end, but for those that `excluded` match."""
-    names = [name for name, module in model.named_modules() if name and type(module) is nn.Linear]
+    names = [name for name, module in model.named_modules() if name and is_base(name, module)]
     return sorted({name.rsplit(".", 1)[-1] for name in names if not any(pattern.match(name) for pattern in excluded)})
 
 
 def _ends_in(name: str, end: str) -> bool:
     return name == end or name.endswith("." + end)
+
+
+def _expert_weights(name: str, module: nn.Module) -> Iterator[str]:
+    """Yield the names of the parameters in which a module holds the weights of all experts of a mixture."""
+    if "expert" in type(module).__name__.lower() or "expert" in name.rpartition(".")[2].lower():
+        for key, parameter in module._parameters.items():
+            if parameter is not None and parameter.dim() == 3 and min(parameter.shape) > 1:
+                yield f"{name}.{key}" if name else key
+
+
+def _said_of(experts: list[str]) -> str:
+    return (
+        f"{len(experts)} weights of experts that are three-dimensional parameters, not layers, such as {min(experts)!r}"
+    )
+
+
+def _require_weights(model: nn.Module, targets: dict[str, nn.Module]) -> None:
+    """Raise where a target's weight is on the meta device though the model has weights: nothing could be decomposed."""
+    if all(parameter.is_meta for parameter in model.parameters()) and not any(map(_is_offloaded, targets.values())):
+        return
+    for name, module in targets.items():
+        if any(parameter is not None and parameter.is_meta for parameter in module._parameters.values()):
+            where = "accelerate keeps it off its device (offload)" if _is_offloaded(module) else "it was never loaded"
+            raise ValueError(
+                f"{name}: the base weight is on the meta device: {where}. Adapt the model before it is dispatched "
+                "(accelerate.dispatch_model), or load it with a device_map and max_memory that put every adapted layer "
+                "on a device"
+            )
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    """Whether a hook of accelerate brings this module's weights when it is called, and takes them away again."""
+    hook = getattr(module, "_hf_hook", None)
+    return any(getattr(h, "offload", False) for h in (hook, *getattr(hook, "hooks", ())))
 
 
 def _matches(name: str, config: AdaMSSConfig) -> bool:

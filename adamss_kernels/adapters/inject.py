@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..bases import plain_linear
 from ..config import AdaMSSConfig
 from ..frozen_linear import LAYERS_BY_METHOD
 from ..model import replace_targets
@@ -77,7 +78,8 @@ def inject_adapter(
         raise TypeError(f"method {method!r}: unexpected keyword argument {unknown[0]!r}, expected some of {known}")
     choice = AdaMSSConfig(target_modules=target_modules, modules_to_save=modules_to_save)
 
-    def build(linear: nn.Linear, name: str) -> AdapterLinear:
+    def build(base: nn.Module, name: str) -> AdapterLinear:
+        linear = plain_linear(name, base)
         try:
             layer = METHODS[method](linear.weight, linear.bias, **options)
         except ValueError as error:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..frozen_linear import FrozenLinear, plain_linear
+from ..bases import plain_linear
+from ..frozen_linear import FrozenLinear
 from ..functional import as_linear_takes_them
 
 _COUNTS = ("rank", "rank_in", "num_bases")

@@ -15,7 +15,9 @@ from ..compiled import cpu_library, cuda_library
 from ..functional import adamss_linear
 from ..layout import SubspaceLayout
 
-_LIBRARIES = ("torch", "triton", "numpy", "scikit-learn", "safetensors", "peft", "transformers")
+_LIBRARIES = ("torch", "triton", "numpy", "scikit-learn", "safetensors", "peft", "transformers", "accelerate")
+# Those whose quantised layers can be adapted.
+_LIBRARIES_OF_BASES = ("bitsandbytes", "torchao")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +44,7 @@ def collect() -> dict[str, Any]:
         "adamss_kernels": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "libraries": {name: installed_version(name) for name in _LIBRARIES},
+        "libraries": {name: installed_version(name) for name in (*_LIBRARIES, *_LIBRARIES_OF_BASES)},
         "cpu": {"threads": torch.get_num_threads(), "torch_isa": torch.backends.cpu.get_cpu_capability()},
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "cpu_library": cpu_library.describe(),

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..bases import plain_linear
 from ..checkpoint import Checkpoint
 from ..config import ASA_FIELDS, AdaMSSConfig
 from ..decompose import Decomposition, augmented, decompose
 from ..distributed import full_tensor, unwrap
-from ..frozen_linear import plain_linear
 from ..layout import SubspaceLayout
 from ..linear import FusedAdaMSSLinear
 from ..model import replace_modules

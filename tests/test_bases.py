@@ -1,0 +1,368 @@
+"""AdaMSS over linear layers of other libraries: Conv1D of transformers, bitsandbytes' and torchao's quantised ones."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+
+import pytest
+import torch
+from accuracy import naive, relative_error
+from conftest import Problem, randomise
+from torch import nn
+
+from adamss_kernels import (
+    AdaMSSConfig,
+    BaseWeightWarning,
+    FusedAdaMSSLinear,
+    SubspaceAllocator,
+    export_lora,
+    inject_adamss,
+    load_adapter,
+    merge_and_unload,
+    save_adapter,
+)
+from adamss_kernels.bases import dense, require_base
+from adamss_kernels.model import adamss_layers
+from adamss_kernels.over_base import AdaMSSOverBase
+
+D, N = 64, 96
+QUANTISED = ["nf4", "nf4-plain", "fp4", "bnb-int8", "ao-int8", "ao-float8", "ao-dynamic"]
+BASES = ["conv1d", *QUANTISED]
+ROUNDS_X = {"ao-dynamic"}
+"""Bases that quantise x, too, so that y is not x W^T."""
+
+logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+
+
+def make_base(which: str, dtype: torch.dtype = torch.float32, *, bias: bool = True, seed: int = 0) -> nn.Module:
+    """A base of the kind, made of the same plain layer each time."""
+    torch.manual_seed(seed)
+    linear = nn.Linear(D, N, bias=bias).to(dtype)
+    if which == "linear":
+        return linear
+    if which == "conv1d":
+        base = pytest.importorskip("transformers").pytorch_utils.Conv1D(N, D).to(dtype)
+        base.weight.data.copy_(linear.weight.T)
+        base.bias.data.copy_(linear.bias if bias else torch.zeros(N))
+        return base
+    if which.startswith("ao-"):
+        quantization = pytest.importorskip("torchao.quantization")
+        config = {
+            "ao-int8": quantization.Int8WeightOnlyConfig,
+            "ao-float8": quantization.Float8WeightOnlyConfig,
+            "ao-dynamic": quantization.Int8DynamicActivationInt8WeightConfig,
+        }[which]
+        holder = nn.Sequential(linear)
+        quantization.quantize_(holder, config(set_inductor_config=False))
+        return holder[0]
+    bnb = pytest.importorskip("bitsandbytes").nn
+    if which == "bnb-int8":
+        base = bnb.Linear8bitLt(D, N, bias=bias, has_fp16_weights=False)
+    else:
+        nested = not which.endswith("-plain")
+        options = {"quant_type": which[:3], "compute_dtype": dtype, "compress_statistics": nested}
+        base = bnb.Linear4bit(D, N, bias=bias, **options)
+    base.to(dtype).load_state_dict(linear.state_dict())
+    return base.to("cpu")
+
+
+class Model(nn.Module):
+    def __init__(self, which: str, dtype: torch.dtype = torch.float32, **options):
+        super().__init__()
+        self.block = nn.ModuleDict({"up": make_base(which, dtype, **options)})
+        self.head = nn.Linear(N, 3).to(dtype)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.block["up"](x)))
+
+
+def config(**options) -> AdaMSSConfig:
+    return AdaMSSConfig(**{"r": 12, "num_subspaces": 4, "subspace_rank": 2, "target_modules": ["up"]} | options)
+
+
+def adapted(which: str, dtype: torch.dtype = torch.float32, *, bias: bool = True, **options) -> Model:
+    return inject_adamss(Model(which, dtype, bias=bias), config(**options), progress=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("which", BASES)
+def test_an_adapted_base_computes_at_first_what_the_base_does(which, dtype):
+    model = Model(which, dtype)
+    base = copy.deepcopy(model.block["up"])
+    names, keys = [name for name, _ in base.named_parameters()], list(base.state_dict())
+    inject_adamss(model, config(), progress=False)
+    layer = model.block["up"]
+    assert type(layer) is AdaMSSOverBase
+    for mode in (True, False):
+        x = torch.randn(2, 5, D, dtype=dtype)
+        assert torch.equal(layer.train(mode)(x), base.train(mode)(x))
+    # The names are those of the base, and nothing is there twice.
+    assert [name for name, _ in layer.named_parameters()] == [*names, "B", "C"]
+    assert set(keys) <= set(layer.state_dict())
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {"block.up.B", "block.up.C"}
+    for key, value in base.state_dict().items():
+        found = layer.state_dict()[key]
+        assert found is value or torch.equal(*(t.dequantize() if which.startswith("ao") else t for t in (found, value)))
+
+
+@pytest.mark.parametrize("mode", ["projection", "input"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("which", BASES)
+def test_error_is_at_most_twice_plain_pytorchs_plus_one_rounding(which, dtype, mode):
+    layer = randomise(adapted(which, dtype, save_for_backward=mode).block["up"])
+    W, bias = layer.base_parameters()
+    x = torch.randn(37, D).to(dtype).requires_grad_()
+    dy = torch.randn(37, N).to(dtype)
+    y = layer(x)
+    assert y.dtype == dtype
+    y.backward(dy)
+    # The dequantised weight is exact; where it is wider than what the base computes in, it is rounded first.
+    problem = Problem(x, W.to(dtype), bias, layer.basis, layer.basis_bias, layer.B, layer.C, layer.layout)
+    exact, plain = problem.to(torch.float64), problem.to(dtype)
+    exact.weight = W.double()
+    y_exact, y_plain = naive(exact), naive(plain)
+    if which in ROUNDS_X:
+        of_base = layer.bare_base()(x.detach()).double() - x.detach().double() @ W.double().T - bias.double()
+        y_exact, y_plain = y_exact + of_base, y_plain + of_base.to(dtype)
+    y_exact.backward(dy.double())
+    y_plain.backward(dy)
+    unit = torch.finfo(dtype).eps / 2
+    assert relative_error(y, y_exact) <= 2 * relative_error(y_plain, y_exact) + unit
+    for name, got in (("x", x.grad), ("B", layer.B.grad), ("C", layer.C.grad)):
+        want, base = (getattr(p, name).grad for p in (exact, plain))
+        assert got.dtype == (dtype if name == "x" else torch.float32)
+        assert relative_error(got, want) <= 2 * relative_error(base, want) + unit, name
+
+
+@pytest.mark.parametrize("which", BASES)
+def test_an_adapter_saved_over_a_base_loads_onto_it_and_onto_the_full_weight(which, tmp_path):
+    model = adapted(which)
+    randomise(model.block["up"])
+    x = torch.randn(4, D)
+    expected = model(x)
+    save_adapter(model, tmp_path)
+    fresh = Model(which)
+    fresh.head.load_state_dict(model.head.state_dict())
+    assert torch.equal(load_adapter(fresh, tmp_path)(x), expected)
+    # Once more onto one that is adapted already, and onto the layer before it was quantised.
+    assert torch.equal(load_adapter(fresh, tmp_path)(x), expected)
+    plain = Model("linear")
+    if which == "conv1d":
+        load_adapter(plain, tmp_path)
+    elif "4" in which:
+        # Four bits are more than a rounding of 16.
+        with pytest.raises(ValueError, match="block.up: the base weight differs from the one trained on by 0"):
+            load_adapter(plain, tmp_path)
+        with pytest.warns(BaseWeightWarning, match="block.up: the base weight differs"):
+            load_adapter(plain, tmp_path, strict=False)
+    else:
+        with pytest.warns(BaseWeightWarning, match="block.up: the base weight differs .* as by rounding"):
+            load_adapter(plain, tmp_path)
+    assert type(plain.block["up"]) is FusedAdaMSSLinear
+    assert torch.equal(plain.block["up"].delta_weight(), model.block["up"].delta_weight())
+
+
+@pytest.mark.parametrize("which", BASES)
+def test_a_state_dict_brings_base_and_update_back(which):
+    model, other = adapted(which), adapted(which)
+    randomise(model.block["up"])
+    x = torch.randn(4, D)
+    missing = other.load_state_dict(model.state_dict(), strict=which[:3] not in ("nf4", "fp4"))
+    # bitsandbytes has no way back from these keys but transformers' own loading.
+    assert all(key.startswith("block.up.weight.") for key in missing.unexpected_keys)
+    torch.testing.assert_close(other(x), model(x))
+
+
+@pytest.mark.parametrize("which", BASES)
+def test_copies_are_independent(which):
+    layer = randomise(adapted(which).block["up"]).eval()
+    x = torch.randn(3, D)
+    with torch.no_grad():
+        expected = layer(x)
+        copies = [copy.deepcopy(layer)]
+        if which != "ao-float8":  # which torchao cannot pickle itself
+            copies.append(pickle.loads(pickle.dumps(layer)))
+        for copied in copies:
+            assert torch.equal(copied(x), expected)
+            assert copied.bare_base().weight is copied.weight is not layer.weight
+            copied.C.mul_(2)
+            copied.bias.data.add_(1)
+            assert torch.equal(layer(x), expected)
+            torch.testing.assert_close(copied(x) - 1 - layer.bare_base()(x), 2 * (expected - layer.bare_base()(x)))
+
+
+@pytest.mark.parametrize("which", BASES)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_to_linear_is_the_dequantised_weight_plus_the_update(which, dtype):
+    layer = randomise(adapted(which).block["up"])
+    W, bias = layer.base_parameters()
+    linear = layer.to_linear(dtype)
+    assert type(linear) is nn.Linear and linear.weight.is_contiguous()
+    assert torch.equal(linear.weight, (W + layer.delta_weight()).to(dtype or W.dtype))
+    assert torch.equal(linear.bias, (bias + layer.delta_bias()).to(dtype or bias.dtype))
+
+
+@pytest.mark.parametrize("which", QUANTISED)
+def test_a_quantised_base_is_not_merged_and_says_what_can_be_done(which, tmp_path):
+    model = adapted(which)
+    layer = randomise(model.block["up"])
+    x = torch.randn(5, D)
+    with pytest.raises(TypeError, match=r"merge: .* quantised.*to_linear\(dtype\).*load_adapter.*export_lora"):
+        layer.merge()
+    assert not layer.merged
+    exact = x.double() @ (layer.base_parameters()[0] + layer.delta_weight()).double().T
+    expected = model.head(torch.tanh(exact.float() + layer.bias + layer.delta_bias()))
+    export_lora(model, tmp_path)
+    assert merge_and_unload(model, torch.float32) is model
+    assert type(model.block["up"]) is nn.Linear
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_a_conv1d_is_merged_and_stays_one():
+    model = adapted("conv1d")
+    layer, x = randomise(model.block["up"]), torch.randn(5, D)
+    before, expected = layer.weight, layer(x)
+    layer.merge()
+    torch.testing.assert_close(layer(x), expected)
+    assert layer.weight.shape == (D, N)
+    # The state dict is right for a plain model, and for an adapted one.
+    plain, again = Model("conv1d"), adapted("conv1d")
+    plain.load_state_dict(model.state_dict(), strict=False)
+    torch.testing.assert_close(plain.block["up"](x), expected)
+    again.load_state_dict(model.state_dict())
+    torch.testing.assert_close(again.block["up"](x), expected)
+    layer.unmerge()
+    assert layer.weight is before
+    merge_and_unload(model)
+    assert type(model.block["up"]).__name__ == "Conv1D"
+    torch.testing.assert_close(model.block["up"](x), expected)
+
+
+@pytest.mark.parametrize("which", BASES)
+def test_asa_prunes_over_a_base(which):
+    options = {"use_asa": True, "asa_target_subspaces": 2, "init_warmup": 1, "final_warmup": 4, "mask_interval": 1}
+    model = adapted(which, asa_mode="prune", **options)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+    allocator = SubspaceAllocator(model, config(**options, asa_mode="prune"))
+    allocator.attach(optimizer)
+    x = torch.randn(8, D)
+    for step in range(1, 6):
+        model(x).square().sum().backward()
+        optimizer.step()
+        allocator.update_and_allocate(step)
+        optimizer.zero_grad()
+    layer = model.block["up"]
+    assert int(layer.active.sum()) == 2
+    torch.testing.assert_close(layer(x), layer.bare_base()(x) + x @ layer.delta_weight().T + layer.delta_bias())
+
+
+@pytest.mark.parametrize("which", BASES)
+def test_masks_hold_over_a_base(which):
+    layer, x = randomise(adapted(which).block["up"]), torch.randn(6, D, requires_grad=True)
+    layer.set_masks(trainable=torch.tensor([True, False, True, False]))
+    layer(x).sum().backward()
+    frozen = ~layer.trainable[layer.row_subspace.long()]
+    assert layer.C.grad[frozen].abs().sum() == 0 < layer.C.grad[~frozen].abs().sum()
+    layer.set_masks(active=torch.zeros(4, dtype=torch.bool))
+    layer.B.grad = None
+    y = layer(x)
+    y.sum().backward()
+    assert torch.equal(y, layer.bare_base()(x))
+    assert torch.count_nonzero(layer.B.grad) == 0
+
+
+@pytest.mark.parametrize("which", ["conv1d", "nf4", "bnb-int8", "ao-int8", "ao-float8"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_shapes_of_nn_linear_go_through(which, bias):
+    if which == "conv1d" and not bias:
+        pytest.skip("Conv1D always has a bias")
+    layer = randomise(adapted(which, bias=bias).block["up"])
+    W = layer.base_parameters()[0] + layer.delta_weight()
+    b = layer.bias + layer.delta_bias() if bias else None
+    for shape in ((D,), (1, D), (3, D), (2, 3, D), (2, 1, 3, D)):
+        x = torch.randn(shape, requires_grad=True)
+        # Not all bases take all shapes themselves.
+        try:
+            layer.bare_base()(x)
+        except Exception:
+            continue
+        y = layer(x)
+        torch.testing.assert_close(y, nn.functional.linear(x, W, b), rtol=1e-4, atol=1e-5)
+        y.sum().backward()
+        torch.testing.assert_close(x.grad, W.sum(0).expand(shape), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("which", BASES)
+def test_autocast_gives_the_dtype_that_the_base_gives(which):
+    layer, x = randomise(adapted(which).block["up"]), torch.randn(6, D, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        assert y.dtype == layer.bare_base()(x).dtype
+    y.float().sum().backward()
+    assert x.grad.dtype == layer.B.grad.dtype == torch.float32
+    torch.testing.assert_close(y.float(), layer(x), rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("which", ["nf4", "nf4-plain", "fp4"])
+def test_four_bits_that_were_packed_for_inference_are_unpacked_for_training(which):
+    functional = pytest.importorskip("bitsandbytes").functional
+    model = Model(which)
+    W, _ = dense(model.block["up"], require_base("up", model.block["up"]))
+    # As a call in eval mode does on a CPU with AVX-512 for bfloat16. The scales are rounded to that.
+    weight = model.block["up"].weight
+    weight.data, weight.quant_state = functional._convert_weight_packed_for_cpu(weight.data, weight.quant_state)
+    inject_adamss(model, config(), progress=False)
+    layer = model.eval().block["up"]
+    x = torch.randn(3, D, requires_grad=True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(layer.base_parameters()[0].float(), W, rtol=0.02, atol=0.002)
+    torch.testing.assert_close(x.grad[0], layer.base_parameters()[0].sum(0))
+
+
+def test_what_is_not_quantised_yet_or_anew_in_each_call_is_refused():
+    bnb = pytest.importorskip("bitsandbytes").nn
+    for base, message in (
+        (bnb.Linear4bit(D, N), "the weight of 'up' is not quantised yet: move the model to its device first"),
+        (bnb.Linear8bitLt(D, N, has_fp16_weights=False), "the weight of 'up' is not quantised yet"),
+        (bnb.Linear8bitLt(D, N), "'up' is a Linear8bitLt that quantises its weight anew in each call"),
+    ):
+        model = nn.ModuleDict({"up": base})
+        with pytest.raises(TypeError, match=message):
+            inject_adamss(model, config(), progress=False)
+        assert model["up"] is base
+
+
+def test_a_backend_that_has_no_kernel_for_the_update_alone_is_refused():
+    with pytest.raises(ValueError, match="backend: expected 'auto' or 'reference' over a transformers Conv1D.*'cpu'"):
+        adapted("conv1d", backend="cpu")
+
+
+@pytest.mark.parametrize("which", ["conv1d", "nf4", "bnb-int8", "ao-int8"])
+def test_layers_of_a_model_that_names_none_are_found(which):
+    model = Model(which)
+    inject_adamss(model, config(target_modules=None), progress=False)
+    assert set(adamss_layers(model)) == {"block.up", "head"}
+    assert type(model.block["up"]) is AdaMSSOverBase
+
+
+def test_a_failure_half_way_leaves_every_base_as_it_was():
+    model = nn.ModuleDict({"up": make_base("nf4"), "other": nn.ModuleDict({"up": nn.Linear(4, 4)})})
+    model["other"]["up"].weight.data[0, 0] = float("nan")
+    base, keys = model["up"], list(model.state_dict())
+    with pytest.raises(ValueError, match="other.up: expected finite values"):
+        inject_adamss(model, config(), progress=False)
+    assert model["up"] is base
+    assert list(model.state_dict()) == keys
+
+
+@pytest.mark.parametrize("which", QUANTISED)
+def test_no_copy_of_the_weight_in_full_stays(which):
+    layer = adapted(which).block["up"]
+    held = (*layer.parameters(), *layer.buffers(), *layer.bare_base().parameters())
+    plain = [t for t in held if type(t) in (nn.Parameter, torch.Tensor) and t.is_floating_point()]
+    assert max(t.numel() for t in plain) < D * N
+    assert layer.weight is layer.bare_base().weight
+    W, _ = dense(layer.bare_base(), require_base("up", layer.bare_base()))
+    assert W.shape == (N, D)
