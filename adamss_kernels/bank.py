@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .bank_linear import BankHead, BankLinear
+from .bank_linear import BankHead, BankLinear, bank_layer
 from .checkpoint import (
     SAME_UPDATE,
     SIMILAR_UPDATE,
@@ -31,7 +31,7 @@ from .decompose import Decomposition, augmented, decompose
 from .linear import FusedAdaMSSLinear
 from .mixed_batch import MixedBatch, under_way
 from .model import adapted_layers, swap
-from .over_base import AdaMSSOverBase, adapt
+from .over_base import adapt
 from .targets import modules_named, target_linears
 
 logger = logging.getLogger(__name__)
@@ -127,9 +127,9 @@ class AdapterBank:
             raise ValueError(f"adapter {name!r}: layer {related[0]!r} is of {method}; an AdapterBank holds AdaMSS")
 
         def find(module: str) -> nn.Module:
-            bank_layer = self._layers.get(module)
-            if bank_layer is not None:
-                return bank_layer.plain()
+            in_bank = self._layers.get(module)
+            if in_bank is not None:
+                return in_bank.plain()
             try:
                 return self.model.get_submodule(module)
             except AttributeError:
@@ -258,11 +258,6 @@ class AdapterBank:
         """Take an adapter in, after checking all of it."""
         with self._lock:
             self._require_new(name)
-            for module, own in layers.items():
-                if isinstance(own, AdaMSSOverBase):
-                    raise ValueError(
-                        f"adapter {name!r}: layer {module!r} is a {own.kind.name}; an AdapterBank takes plain nn.Linear"
-                    )
             if self._layers:
                 layers = self._fitted(name, layers)
                 if heads.keys() != self._heads.keys():
@@ -270,7 +265,7 @@ class AdapterBank:
                     raise ValueError(f"adapter {name!r}: module {other!r} is saved whole by some of the adapters only")
             else:
                 # One layer for all the names that a shared module has.
-                shared = {layer.weight: BankLinear(layer, self._number) for layer in layers.values()}
+                shared = {layer.weight: bank_layer(layer, self._number) for layer in layers.values()}
                 self._layers = {module: shared[layer.weight] for module, layer in layers.items()}
                 originals: Any = {module: self.model.get_submodule(module) for module in heads}
                 self._heads = {module: BankHead(o, self._number, module) for module, o in originals.items()}
@@ -349,9 +344,9 @@ def _head(name: str, module: str, found: nn.Module) -> nn.Linear:
 
 def _fresh(layer: BankLinear, config: AdaMSSConfig, module: str) -> FusedAdaMSSLinear:
     """Return a new adapter's layer on the bank's basis."""
-    own = decompose(layer.weight, layer.bias, config, name=module)
+    own = decompose(*layer.base_parameters(), config, name=module)
     shared = Decomposition(layer.basis, layer.basis_bias, layer.layout, own.B, own.C)
-    return FusedAdaMSSLinear(layer.weight, layer.bias, shared, config)
+    return layer.layer_of(shared, config)
 
 
 @torch.no_grad()

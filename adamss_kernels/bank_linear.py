@@ -9,10 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .added_update import add_update
+from .bases import dense
+from .config import AdaMSSConfig
 from .decompose import Decomposition
 from .grouped import grouped_linear
 from .linear import FusedAdaMSSLinear
 from .mixed_batch import current_batch
+from .over_base import AdaMSSOverBase, copy_of, share
 from .subspaces import Subspaces
 
 
@@ -93,9 +97,17 @@ class BankLinear(nn.Module):
         decomposition = Decomposition(
             self.basis, self.basis_bias, self.layout, self.B[slot].clone(), self.C[slot].clone()
         )
-        layer = FusedAdaMSSLinear(self.weight, self.bias, decomposition, self.config)
+        layer = self.layer_of(decomposition, self.config)
         layer.set_masks(self.active[slot], self.trainable[slot])
         return layer.train(self.training)
+
+    def layer_of(self, decomposition: Decomposition, config: AdaMSSConfig) -> FusedAdaMSSLinear:
+        """Return a layer over the frozen layer, which has this decomposition."""
+        return FusedAdaMSSLinear(self.weight, self.bias, decomposition, config)
+
+    def base_parameters(self) -> tuple[Tensor, Tensor | None]:
+        """Return W (N, D) and bias (N,) of the frozen layer."""
+        return self.weight, self.bias
 
     def clear(self, slot: int) -> None:
         """Empty a slot."""
@@ -137,7 +149,7 @@ class BankLinear(nn.Module):
         operands = (self.weight, self.bias, self.B, self.C, subspaces, leaves, leaf_groups, self.bank)
         return grouped_linear(x, *operands, self.config.save_for_backward, self.config.backend)
 
-    def plain(self) -> nn.Linear:
+    def plain(self) -> nn.Module:
         """Return the frozen layer, with the same parameters."""
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         own: dict[str, Any] = self._parameters
@@ -157,6 +169,80 @@ class BankLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"R={self.basis.shape[0]}, K={self.layout.num_subspaces}, adapters={len(self._leaves)}"
         )
+
+
+class BankOverBase(BankLinear):
+    """A `BankLinear` over a layer of another library, which computes its own product, as under `AdaMSSOverBase`.
+
+    The update of each adapter is added to its own rows, one adapter after another.
+    """
+
+    def __init__(self, layer: AdaMSSOverBase, bank: int) -> None:
+        """Take basis, row map and base from a layer; there are no adapters yet."""
+        super().__init__(layer, bank)
+        self.kind, base = layer.kind, layer.bare_base()
+        self._base_names = (tuple(base._parameters), tuple(base._buffers))
+        self._buffers.update(base._buffers)
+        self._non_persistent_buffers_set |= base._non_persistent_buffers_set
+        share(base, self._parameters, self._buffers, self._non_persistent_buffers_set)
+        self.__dict__["_base"] = base
+
+    # Which rows there are for whom differs from batch to batch.
+    @torch.compiler.disable
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (batch, ..., D) to y (batch, ..., N); rows without an adapter get what the base gives."""
+        y = self.kind.forward(self.__dict__["_base"], x)
+        batch, rows = current_batch(self.bank), x.shape[0] if x.dim() > 1 else 1
+        if batch is None or not batch.slots:
+            if batch is not None:
+                batch.repeat(rows)
+            return y
+        flat, of_base = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+        groups = batch.groups(rows, flat.shape[0], x.device)
+        for slot, (begin, end) in zip(groups.slots.tolist(), itertools.pairwise(groups.starts.tolist()), strict=True):
+            tokens = groups.tokens[begin:end]
+            masks = (self.active[slot], self.trainable[slot])
+            subspaces = Subspaces(self.basis, self.basis_bias, self.row_subspace, self.offsets, *masks)
+            # Copies, which take the update in place.
+            part = add_update(
+                of_base[tokens], flat[tokens], *self._leaves[slot], subspaces, self.config.save_for_backward
+            )
+            of_base = of_base.index_copy(0, tokens, part)
+        return of_base.reshape(y.shape)
+
+    def plain(self) -> nn.Module:
+        """Return the base, with the same parameters."""
+        base = copy_of(self.__dict__["_base"])
+        parameters, buffers = ({n: own[n] for n in names} for own, names in self._own())
+        share(base, parameters, buffers, base._non_persistent_buffers_set & buffers.keys())
+        return base.train(self.training)
+
+    def _own(self) -> Any:
+        return zip((self._parameters, self._buffers), self._base_names, strict=True)
+
+    def layer_of(self, decomposition: Decomposition, config: AdaMSSConfig) -> FusedAdaMSSLinear:
+        """Return a layer over the base, which has this decomposition."""
+        return AdaMSSOverBase(self.plain(), self.kind, decomposition, config)
+
+    def base_parameters(self) -> tuple[Tensor, Tensor | None]:
+        """Return W (N, D), dequantised, and bias (N,) of the base."""
+        return dense(self.plain(), self.kind)
+
+    def train(self, mode: bool = True) -> BankOverBase:
+        """Set whether this layer and its base train, as `nn.Module.train`."""
+        self.__dict__["_base"].train(mode)
+        return super().train(mode)
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self.__dict__["_base"]._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.__dict__["_base"]._load_from_state_dict(*args)
+
+
+def bank_layer(layer: FusedAdaMSSLinear, bank: int) -> BankLinear:
+    """Return the module that takes the place of what `layer` is over, in the bank of this number."""
+    return BankOverBase(layer, bank) if isinstance(layer, AdaMSSOverBase) else BankLinear(layer, bank)
 
 
 class BankHead(nn.Module):

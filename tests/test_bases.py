@@ -14,6 +14,7 @@ from torch import nn
 
 from adamss_kernels import (
     AdaMSSConfig,
+    AdapterBank,
     BaseWeightWarning,
     FusedAdaMSSLinear,
     SubspaceAllocator,
@@ -431,3 +432,30 @@ def test_gradients_of_gradients_go_through_base_and_update(which):
     (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     (expected,) = torch.autograd.grad(dx.square().sum(), B)
     torch.testing.assert_close(dB, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("which", BASES)
+def test_rows_of_a_batch_take_their_own_adapters_over_a_base(which, tmp_path):
+    alone = {}
+    for seed, name in enumerate(("ann", "bob")):
+        alone[name] = adapted(which)
+        randomise(alone[name].block["up"], seed)
+        save_adapter(alone[name], tmp_path / name)
+    model = Model(which)
+    keys, x = list(model.state_dict()), torch.randn(4, 3, D)
+    expected = [alone["bob"](x), model(x), alone["ann"](x), alone["bob"](x)]
+    bank = AdapterBank(model, {name: tmp_path / name for name in alone})
+    assert list(model.state_dict()) == keys
+    with bank.select(["bob", None, "ann", "bob"]):
+        y = model(x)
+        for row, want in enumerate(expected):
+            torch.testing.assert_close(y[row], want[row], rtol=1e-4, atol=1e-5)
+        y[0].square().sum().backward()
+    B, C = bank.parameters("bob")
+    alone["bob"](x)[0].square().sum().backward()
+    torch.testing.assert_close(C.grad, alone["bob"].block["up"].C.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(B.grad, alone["bob"].block["up"].B.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(x), expected[1])
+    bank.add("new", config())
+    bank.save("bob", tmp_path / "again")
+    assert torch.equal(load_adapter(Model(which), tmp_path / "again").block["up"].C, alone["bob"].block["up"].C)
