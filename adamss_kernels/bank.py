@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .bank_linear import BankHead, BankLinear
+from .bank_linear import BankHead, BankLinear, bank_layer
 from .checkpoint import (
     SAME_UPDATE,
     SIMILAR_UPDATE,
@@ -32,7 +32,7 @@ from .decompose import augmented
 from .linear import FusedAdaMSSLinear
 from .mixed_batch import MixedBatch, under_way
 from .model import adapted_layers, swap
-from .over_base import AdaMSSOverBase, adapt
+from .over_base import adapt
 from .sketch import sketch_linear
 from .targets import modules_named, target_linears
 
@@ -127,7 +127,7 @@ class AdapterBank:
 
     def _known(self) -> dict[str, KnownBase]:
         return {
-            module: KnownBase(sketch_linear(layer.weight, layer.bias), layer.basis, layer.basis_bias)
+            module: KnownBase(sketch_linear(*layer.base_parameters()), layer.basis, layer.basis_bias)
             for module, layer in self._layers.items()
         }
 
@@ -140,9 +140,9 @@ class AdapterBank:
             raise ValueError(f"adapter {name!r}: layer {related[0]!r} is of {method}; an AdapterBank holds AdaMSS")
 
         def find(module: str) -> nn.Module:
-            bank_layer = self._layers.get(module)
-            if bank_layer is not None:
-                return bank_layer.plain()
+            in_bank = self._layers.get(module)
+            if in_bank is not None:
+                return in_bank.plain()
             try:
                 return self.model.get_submodule(module)
             except AttributeError:
@@ -271,11 +271,6 @@ class AdapterBank:
         """Take an adapter in, after checking all of it."""
         with self._lock:
             self._require_new(name)
-            for module, own in layers.items():
-                if isinstance(own, AdaMSSOverBase):
-                    raise ValueError(
-                        f"adapter {name!r}: layer {module!r} is a {own.kind.name}; an AdapterBank takes plain nn.Linear"
-                    )
             if self._layers:
                 layers = self._fitted(name, layers)
                 if heads.keys() != self._heads.keys():
@@ -283,7 +278,7 @@ class AdapterBank:
                     raise ValueError(f"adapter {name!r}: module {other!r} is saved whole by some of the adapters only")
             else:
                 # One layer for all the names that a shared module has.
-                shared = {layer.weight: BankLinear(layer, self._number) for layer in layers.values()}
+                shared = {layer.weight: bank_layer(layer, self._number) for layer in layers.values()}
                 self._layers = {module: shared[layer.weight] for module, layer in layers.items()}
                 originals: Any = {module: self.model.get_submodule(module) for module in heads}
                 self._heads = {module: BankHead(o, self._number, module) for module, o in originals.items()}

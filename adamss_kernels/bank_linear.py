@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .added_update import add_update
+from .bases import dense
+from .config import AdaMSSConfig
 from .decompose import Decomposition, decompose
 from .grouped import grouped_linear
 from .linear import FusedAdaMSSLinear
 from .mixed_batch import current_batch
+from .over_base import AdaMSSOverBase, copy_of, share
 from .subspaces import Subspaces
 
 
@@ -93,7 +98,7 @@ class BankLinear(nn.Module):
         decomposition = Decomposition(
             self.basis, self.basis_bias, self.layout, self.B[slot].clone(), self.C[slot].clone()
         )
-        layer = FusedAdaMSSLinear(self.weight, self.bias, decomposition, self.config)
+        layer = self.layer_of(decomposition, self.config)
         layer.set_masks(self.active[slot], self.trainable[slot])
         return layer.train(self.training)
 
@@ -103,7 +108,7 @@ class BankLinear(nn.Module):
         The frozen weight and the config decide how it starts, so they are decomposed once for all adapters.
         """
         if self._untrained is None:
-            own = decompose(self.weight, self.bias, self.config, name=name)
+            own = decompose(*self.base_parameters(), self.config, name=name)
             if own.layout.ranks != self.layout.ranks:
                 raise ValueError(
                     f"{name}: from this base a new adapter gets the ranks {own.layout.ranks}, but those in the bank, "
@@ -112,7 +117,15 @@ class BankLinear(nn.Module):
             self._untrained = own.B, own.C
         B, C = (t.to(self.B, copy=True) for t in self._untrained)
         shared = Decomposition(self.basis, self.basis_bias, self.layout, B, C)
-        return FusedAdaMSSLinear(self.weight, self.bias, shared, self.config)
+        return self.layer_of(shared, self.config)
+
+    def layer_of(self, decomposition: Decomposition, config: AdaMSSConfig) -> FusedAdaMSSLinear:
+        """Return a layer over the frozen layer, which has this decomposition."""
+        return FusedAdaMSSLinear(self.weight, self.bias, decomposition, config)
+
+    def base_parameters(self) -> tuple[Tensor, Tensor | None]:
+        """Return W (N, D) and bias (N,) of the frozen layer."""
+        return self.weight, self.bias
 
     def clear(self, slot: int) -> None:
         """Empty a slot."""
@@ -154,7 +167,7 @@ class BankLinear(nn.Module):
         operands = (self.weight, self.bias, self.B, self.C, subspaces, leaves, leaf_groups, self.bank)
         return grouped_linear(x, *operands, self.config.save_for_backward, self.config.backend)
 
-    def plain(self) -> nn.Linear:
+    def plain(self) -> nn.Module:
         """Return the frozen layer, with the same parameters."""
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         own: dict[str, Any] = self._parameters
@@ -174,6 +187,89 @@ class BankLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"R={self.basis.shape[0]}, K={self.layout.num_subspaces}, adapters={len(self._leaves)}"
         )
+
+
+class BankOverBase(BankLinear):
+    """A `BankLinear` over a layer of another library, which computes its own product, as under `AdaMSSOverBase`.
+
+    The update of each adapter is added to its own rows, one adapter after another.
+    """
+
+    def __init__(self, layer: AdaMSSOverBase, bank: int) -> None:
+        """Take basis, row map and base from a layer; there are no adapters yet."""
+        super().__init__(layer, bank)
+        self.kind, base = layer.kind, layer.bare_base()
+        self._base_names = (tuple(base._parameters), tuple(base._buffers))
+        self._buffers.update(base._buffers)
+        self._non_persistent_buffers_set |= base._non_persistent_buffers_set
+        share(base, self._parameters, self._buffers, self._non_persistent_buffers_set)
+        self.__dict__["_base"] = base
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (batch, ..., D) to y (batch, ..., N); rows without an adapter get what the base gives."""
+        return _uncompiled(self._mixed)(x)
+
+    def _mixed(self, x: Tensor) -> Tensor:
+        y = self.kind.forward(self.__dict__["_base"], x)
+        batch, rows = current_batch(self.bank), x.shape[0] if x.dim() > 1 else 1
+        if batch is None or not batch.slots:
+            if batch is not None:
+                batch.repeat(rows)
+            return y
+        flat, of_base = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+        groups = batch.groups(rows, flat.shape[0], x.device)
+        of_slots = groups.tokens.split(batch.sizes(flat.shape[0]))[:-1]
+        for slot, tokens in zip(batch.slots, of_slots, strict=True):
+            masks = (self.active[slot], self.trainable[slot])
+            subspaces = Subspaces(self.basis, self.basis_bias, self.row_subspace, self.offsets, *masks)
+            # Copies, which take the update in place.
+            part = add_update(
+                of_base[tokens], flat[tokens], *self._leaves[slot], subspaces, self.config.save_for_backward
+            )
+            of_base = of_base.index_copy(0, tokens, part)
+        return of_base.reshape(y.shape)
+
+    def plain(self) -> nn.Module:
+        """Return the base, with the same parameters."""
+        base = copy_of(self.__dict__["_base"])
+        parameters, buffers = ({n: own[n] for n in names} for own, names in self._own())
+        share(base, parameters, buffers, base._non_persistent_buffers_set & buffers.keys())
+        return base.train(self.training)
+
+    def _own(self) -> Any:
+        return zip((self._parameters, self._buffers), self._base_names, strict=True)
+
+    def layer_of(self, decomposition: Decomposition, config: AdaMSSConfig) -> FusedAdaMSSLinear:
+        """Return a layer over the base, which has this decomposition."""
+        return AdaMSSOverBase(self.plain(), self.kind, decomposition, config)
+
+    def base_parameters(self) -> tuple[Tensor, Tensor | None]:
+        """Return W (N, D), dequantised, and bias (N,) of the base."""
+        return dense(self.plain(), self.kind)
+
+    def train(self, mode: bool = True) -> BankOverBase:
+        """Set whether this layer and its base train, as `nn.Module.train`."""
+        self.__dict__["_base"].train(mode)
+        return super().train(mode)
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self.__dict__["_base"]._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.__dict__["_base"]._load_from_state_dict(*args)
+
+
+def bank_layer(layer: FusedAdaMSSLinear, bank: int) -> BankLinear:
+    """Return the module that takes the place of what `layer` is over, in the bank of this number."""
+    return BankOverBase(layer, bank) if isinstance(layer, AdaMSSOverBase) else BankLinear(layer, bank)
+
+
+def _uncompiled(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Keep what depends on which rows there are for whom out of compiled code: it differs from batch to batch.
+
+    Only where it would be compiled: as a decorator `torch.compiler.disable` imports the compiler with this module.
+    """
+    return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
 
 
 class BankHead(nn.Module):
@@ -217,10 +313,11 @@ class BankHead(nn.Module):
         linear.weight, linear.bias = own["weight"], own["bias"]
         return linear.train(self.training)
 
-    # A layer at the end of a model, whose groups differ from batch to batch: nothing is gained by compiling it.
-    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         """Map x (batch, ..., D) to y (batch, ..., N)."""
+        return _uncompiled(self._mixed)(x)
+
+    def _mixed(self, x: Tensor) -> Tensor:
         batch = current_batch(self.bank)
         if batch is None or not batch.slots:
             return F.linear(x, self.weight, self.bias)

@@ -51,13 +51,13 @@ class AdaMSSOverBase(FusedAdaMSSLinear):
         N, D = decomposition.layout.num_rows, decomposition.basis.shape[1]
         super().__init__(nn.Parameter(torch.empty(N, D, device="meta")), None, decomposition, config)
         self.kind = kind
-        own = _copy(base)
+        own = copy_of(base)
         self._base_names = (tuple(own._parameters), tuple(own._buffers))
         # One namespace for both: what is moved, cast, assigned or loaded here is what the base computes with.
         self.__dict__["_parameters"] = {**own._parameters, "B": self.B, "C": self.C}
         self.__dict__["_buffers"] = {**own._buffers, **self._buffers}
         self._non_persistent_buffers_set |= own._non_persistent_buffers_set
-        _share(own, self._parameters, self._buffers, self._non_persistent_buffers_set)
+        share(own, self._parameters, self._buffers, self._non_persistent_buffers_set)
         if kind.adopt is not None:
             kind.adopt(own)
         # Not a submodule, whose parameters would have names of their own.
@@ -78,12 +78,14 @@ class AdaMSSOverBase(FusedAdaMSSLinear):
 
     def bare_base(self) -> nn.Module:
         """Return the base by itself, as it was before it was adapted or merged; parameters are shared."""
-        base = _copy(self.__dict__["_base"])
+        base = copy_of(self.__dict__["_base"])
         parameters, buffers = self._base_names
         own = {name: self._parameters[name] for name in parameters}
         if self._original is not None:
             own |= zip(("weight", "bias"), self._original, strict=True)
-        _share(base, own, {name: self._buffers[name] for name in buffers}, set(base._non_persistent_buffers_set))
+        share(
+            base, own, {name: self._buffers[name] for name in buffers}, base._non_persistent_buffers_set & set(buffers)
+        )
         return base.train(self.training)
 
     def base_parameters(self) -> tuple[Tensor, Tensor | None]:
@@ -143,7 +145,7 @@ class AdaMSSOverBase(FusedAdaMSSLinear):
 
     def _replicate_for_data_parallel(self) -> AdaMSSOverBase:
         replica: Any = super()._replicate_for_data_parallel()
-        base = _copy(replica._base)
+        base = copy_of(replica._base)
         # `DataParallel` gives the replica its parameters later, as attributes: to this namespace.
         base.__dict__["_parameters"] = {}
         replica.__dict__["_base"] = base
@@ -181,7 +183,7 @@ def layer_over(
     return FusedAdaMSSLinear(own["weight"], own["bias"], decomposition, config)
 
 
-def _copy(base: nn.Module) -> nn.Module:
+def copy_of(base: nn.Module) -> nn.Module:
     """Return a module with the attributes of `base`, but methods of its class where some were replaced on it alone.
 
     Those are bound to it: accelerate's hooks, and the text that torchao prints.
@@ -192,6 +194,6 @@ def _copy(base: nn.Module) -> nn.Module:
     return copied
 
 
-def _share(base: nn.Module, parameters: dict[str, Any], buffers: dict[str, Any], not_persistent: set[str]) -> None:
+def share(base: nn.Module, parameters: dict[str, Any], buffers: dict[str, Any], not_persistent: set[str]) -> None:
     """Let `base` take its parameters and buffers out of these dictionaries."""
     base.__dict__.update(_parameters=parameters, _buffers=buffers, _non_persistent_buffers_set=not_persistent)

@@ -441,6 +441,18 @@ def test_a_compiled_model_serves_other_batches_without_compiling_again(folders):
 
 
 @pytest.mark.slow
+def test_a_compiled_model_mixes_heads_too(folders):
+    torch._dynamo.reset()
+    bank = AdapterBank(base_model(), folders)
+    compiled = torch.compile(bank.model, backend="eager")
+    x = torch.randn(3, 12, dtype=torch.float64)
+    with torch.no_grad():
+        for names in (["ann", None, "cid"], ["bob", "bob", "ann"]):
+            with bank.select(names):
+                torch.testing.assert_close(compiled(x), bank.model(x))
+
+
+@pytest.mark.slow
 def test_a_compiled_model_trains_its_adapters():
     torch._dynamo.reset()
     bank = AdapterBank(nn.Sequential(nn.Linear(12, 20)).double())

@@ -14,6 +14,7 @@ from torch import nn
 
 from adamss_kernels import (
     AdaMSSConfig,
+    AdapterBank,
     BaseWeightWarning,
     FusedAdaMSSLinear,
     SubspaceAllocator,
@@ -366,3 +367,95 @@ def test_no_copy_of_the_weight_in_full_stays(which):
     assert layer.weight is layer.bare_base().weight
     W, _ = dense(layer.bare_base(), require_base("up", layer.bare_base()))
     assert W.shape == (N, D)
+
+
+def test_gpt2_is_adapted_trained_saved_and_merged(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    options = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 16, "vocab_size": 64}
+    gpt2 = transformers.GPT2Config(**options, bos_token_id=None, eos_token_id=None)
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(gpt2).eval()
+    base, keys = copy.deepcopy(model), list(model.state_dict())
+    inject_adamss(model, config(target_modules=["c_attn", "c_fc"]), progress=False)
+    assert len(adamss_layers(model)) == 4
+    ids = torch.randint(0, 64, (4, 12))
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+    losses = []
+    for _ in range(10):
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+    with torch.no_grad():
+        expected = model(ids).logits
+        save_adapter(model, tmp_path / "adapter")
+        assert torch.equal(load_adapter(base, tmp_path / "adapter")(ids).logits, expected)
+        merge_and_unload(model).save_pretrained(tmp_path / "merged")
+        assert list(model.state_dict()) == keys
+        merged = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "merged").eval()
+        torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["conv1d", "nf4", "ao-int8"])
+def test_a_compiled_model_computes_and_learns_the_same(which):
+    layer = randomise(adapted(which).block["up"])
+    x = torch.randn(5, D, requires_grad=True)
+    compiled = torch.compile(layer, backend="aot_eager")
+    results = []
+    for f in (layer, compiled):
+        y = f(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (x, layer.B, layer.C))))
+    for got, want in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("which", ["conv1d", "nf4", "ao-float8"])
+def test_gradients_of_gradients_go_through_base_and_update(which):
+    layer = randomise(adapted(which, save_for_backward="input").block["up"])
+    W, _ = layer.base_parameters()
+    x = torch.randn(3, D, requires_grad=True)
+    (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    whole = W + layer.delta_weight()
+    b = layer.bias + layer.delta_bias()
+    exact = 2 * (x @ whole.T + b) @ whole
+    torch.testing.assert_close(dx, exact, rtol=1e-3, atol=1e-3)
+    (dB,) = torch.autograd.grad(dx.square().sum(), layer.B)
+    B = layer.B.detach().clone().requires_grad_()
+    subspaces = (layer.basis, layer.basis_bias, layer.row_subspace, layer.offsets)
+    from adamss_kernels import differentiable
+    from adamss_kernels.subspaces import Subspaces
+
+    y = nn.functional.linear(x, W, layer.bias) + differentiable.update(x, B, layer.C.detach(), Subspaces(*subspaces))
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    (expected,) = torch.autograd.grad(dx.square().sum(), B)
+    torch.testing.assert_close(dB, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("which", BASES)
+def test_rows_of_a_batch_take_their_own_adapters_over_a_base(which, tmp_path):
+    alone = {}
+    for seed, name in enumerate(("ann", "bob")):
+        alone[name] = adapted(which)
+        randomise(alone[name].block["up"], seed)
+        save_adapter(alone[name], tmp_path / name)
+    model = Model(which)
+    keys, x = list(model.state_dict()), torch.randn(4, 3, D)
+    expected = [alone["bob"](x), model(x), alone["ann"](x), alone["bob"](x)]
+    bank = AdapterBank(model, {name: tmp_path / name for name in alone})
+    assert list(model.state_dict()) == keys
+    with bank.select(["bob", None, "ann", "bob"]):
+        y = model(x)
+        for row, want in enumerate(expected):
+            torch.testing.assert_close(y[row], want[row], rtol=1e-4, atol=1e-5)
+        y[0].square().sum().backward()
+    B, C = bank.parameters("bob")
+    alone["bob"](x)[0].square().sum().backward()
+    torch.testing.assert_close(C.grad, alone["bob"].block["up"].C.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(B.grad, alone["bob"].block["up"].B.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(x), expected[1])
+    bank.add("new", config())
+    bank.save("bob", tmp_path / "again")
+    assert torch.equal(load_adapter(Model(which), tmp_path / "again").block["up"].C, alone["bob"].block["up"].C)

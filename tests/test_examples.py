@@ -229,3 +229,17 @@ def test_data_of_other_layouts_are_found_and_labels_may_be_numbers_or_regression
     assert glue.text_columns(train) == ("text",)
     with pytest.raises(SystemExit, match=r"has no train\.csv"):
         glue.load(str(tmp_path))
+
+
+def test_an_adapter_of_a_model_in_4_bits_is_worth_as_much_on_its_full_weights(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    import qlora
+
+    small = ["--hidden_size", "64", "--layers", "1", "--pretrain_steps", "20", "--steps", "10", "--batch_size", "4"]
+    report = qlora.main(["--output_dir", str(tmp_path), *small])
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    assert (tmp_path / "adapter" / "adapter.safetensors").is_file()
+    assert report["frozen_mib_nf4"] < report["frozen_mib_bf16"]
+    tuned, before = report["loss_tuned_nf4"], report["loss_quantised"]
+    assert tuned < before
+    assert abs(report["loss_adapter_on_bf16"] - tuned) < 0.2 * (before - tuned) + 0.01

@@ -10,6 +10,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 OPTIONAL = ("triton", "peft", "transformers", "sklearn", "safetensors", "tqdm", "matplotlib")
+OPTIONAL += ("accelerate", "bitsandbytes", "torchao")
 # Parts of torch that take their time.
 OPTIONAL += ("torch._dynamo", "torch.distributed.tensor")
 
