@@ -19,6 +19,7 @@ from adamss_kernels import (
     FusedAdaMSSLinear,
     SubspaceAllocator,
     export_lora,
+    export_peft,
     inject_adamss,
     load_adapter,
     merge_and_unload,
@@ -459,3 +460,11 @@ def test_rows_of_a_batch_take_their_own_adapters_over_a_base(which, tmp_path):
     bank.add("new", config())
     bank.save("bob", tmp_path / "again")
     assert torch.equal(load_adapter(Model(which), tmp_path / "again").block["up"].C, alone["bob"].block["up"].C)
+
+
+@pytest.mark.parametrize("which", ["conv1d", "ao-int8"])
+def test_pefts_format_refuses_bases_of_other_libraries_by_name(which, tmp_path):
+    model = inject_adamss(Model(which), AdaMSSConfig(r=8, num_subspaces=3, target_modules=["up"]), progress=False)
+    with pytest.raises(ValueError, match=r"block\.up: adapts a .*; use export_lora"):
+        export_peft(model, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()

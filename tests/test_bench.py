@@ -54,6 +54,7 @@ SMOKE = {
     "model": ("layers=1,width=32,ffn=48,batch=1,tokens=5,K=3", None),
     "init": ("layers=2,D=32,K=3,R=8", None),
     "asa": ("layers=2,D=32,K=3,R=8", None),
+    "mixed": ("rows=4,tokens=3,adapters=3,D=32,K=3,R=8", None),
     "memory": (TINY, ["linear"]),
     "scaling": (f"of=layer,sweep=M,{TINY}", ["reference"]),
 }

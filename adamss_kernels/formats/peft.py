@@ -19,6 +19,7 @@ from ..distributed import full_tensor, unwrap
 from ..layout import SubspaceLayout
 from ..linear import FusedAdaMSSLinear
 from ..model import replace_modules
+from ..over_base import AdaMSSOverBase
 from ..targets import modules_named
 from .files import (
     PEFT_TENSORS_FILE,
@@ -72,11 +73,18 @@ def export_peft(model: nn.Module, directory: str | os.PathLike[str], *, progress
         ValueError: `model` has no AdaMSS layer or one of another method besides, or PEFT could not load the checkpoint
             with equal outputs: a row assignment that it would not rebuild from this base weight, a layer registered
             under two names, layers made with different configs, or names in `modules_to_save` that mean more modules
-            there, or of which one module holds another. Nothing is written.
+            there, or of which one module holds another; or a layer that adapts a base of another library. Nothing is
+            written.
     """
     from tqdm.auto import tqdm
 
     root, layers = unwrap(model), exportable_layers(model)
+    for name, layer in layers.items():
+        if isinstance(layer, AdaMSSOverBase):
+            raise ValueError(
+                f"{name}: adapts a {layer.kind.name}, but only AdaMSS over plain nn.Linear goes into PEFT's format; "
+                "use export_lora, or load the adapter onto the base in full precision first"
+            )
     config = next(iter(layers.values())).config
     tensors = saved_tensors(root)
     frozen, bases = 0, []
