@@ -175,7 +175,7 @@ choose_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
-def _chosen(requested, device_type, dtype, has_few_tokens, is_grouped):
+def _chosen(requested, device_type, dtype, has_few_tokens, is_grouped=False):
     requested = known_backend(requested)
     if requested == "auto":
         requested = known_backend(os.environ.get("ADAMSS_BACKEND") or "auto")
