@@ -146,7 +146,7 @@ def _why_not(name: str, module: nn.Module) -> str:
     if isinstance(module, nn.Linear):
         own = "with a forward of its own" if type(module).forward is not nn.Linear.forward else "a subclass"
         return f", {own}, which an adapted layer would not call; {_ADAPTABLE}"
-    if next(module.children(), None) is not None:
+    if "Linear" not in type(module).__name__ and next(module.children(), None) is not None:
         return "; a whole model goes to inject_adamss"
     return f"; {_ADAPTABLE}"
 
