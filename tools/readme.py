@@ -67,6 +67,29 @@ def asa_table(rows: Rows) -> list[str]:
     return lines
 
 
+def mixed_table(rows: Rows) -> list[str]:
+    """Ratios of mixed batches to the bare linear layer: forward, and forward + backward."""
+    found = {(_mixed_case(r), r["provider"], r["case"]["pass"]): r for r in rows}
+    lines = ["| rows x tokens, adapters | an adapter | forward | PEFT LoRA r = 8 | forward + backward | one adapter |"]
+    lines.append("|---|---|---|---|---|---|")
+    for case in dict.fromkeys(_mixed_case(r) for r in rows):
+        ours = found[case, "ours", FORWARD]
+        pairs = (
+            ("ours", FORWARD),
+            ("peft-lora", FORWARD),
+            ("ours", FORWARD_BACKWARD),
+            ("one adapter", FORWARD_BACKWARD),
+        )
+        ratios = [f"{found[case, name, which]['ratio']['median']:.2f}" for name, which in pairs]
+        lines.append(_cells(case, f"{ours['adapter_bytes'] / 1024:.1f} KiB", *ratios))
+    return lines
+
+
+def _mixed_case(row: dict[str, Any]) -> str:
+    case = row["case"]
+    return f"D=N={case['D']}, {case['rows']} x {case['tokens']}, {case['adapters']} of r={case['r']}"
+
+
 def memory_table(rows: Rows) -> list[str]:
     """Peak resident memory of a training forward, and of forward and backward."""
     shape = _shape(rows[0])
@@ -245,6 +268,7 @@ TABLES: dict[str, tuple[str, str, Callable[[Rows], list[str]]]] = {
     "minilm": ("README.md", "cpu-minilm.jsonl", minilm_table),
     "asa": ("README.md", "cpu-asa.jsonl", asa_table),
     "memory": ("README.md", "cpu-memory.jsonl", memory_table),
+    "mixed": ("README.md", "cpu-mixed.jsonl", mixed_table),
     "layer-full": ("docs/benchmarks.md", "cpu-layer.jsonl", full_table),
     "profile": ("docs/cpu.md", "cpu-profile.jsonl", profile_table),
     "methods": ("docs/benchmarks.md", "cpu-methods.jsonl", methods_table),
