@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import differentiable, reference
-from .functional import Gradients, higher_order, is_transformed, keeps_projection, zero_gradients
+from .functional import Gradients, higher_order, is_transformed, keeps_projection, require_input, zero_gradients
 from .ops import without_autocast
 from .subspaces import Subspaces
 
@@ -77,11 +77,7 @@ def _formula(ctx: Any, dy: Tensor, saved: tuple[Any, ...]) -> Gradients:
     """Return what `_closed_form` returns, differentiably."""
     x, _, _, B, C, *frozen = saved
     need_dx, need_dB, need_dC = _needs(ctx)
-    if x is None and (need_dB or need_dC):
-        raise RuntimeError(
-            "trying to differentiate twice through an adapted layer that keeps no input for it; with "
-            "save_for_backward='input' it has derivatives of every order"
-        )
+    require_input(x, need_dB or need_dC)
     needs = [need_dx, False, False, need_dB, need_dC]
     dy, x = dy.reshape(-1, dy.shape[-1]), None if x is None else x.reshape(-1, x.shape[-1])
     dx, _, _, dB, dC = differentiable.backward(dy, x, None, B, C, Subspaces(*frozen), needs)

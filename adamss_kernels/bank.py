@@ -281,7 +281,7 @@ class AdapterBank:
                 shared = {layer.weight: bank_layer(layer, self._number) for layer in layers.values()}
                 self._layers = {module: shared[layer.weight] for module, layer in layers.items()}
                 originals: Any = {module: self.model.get_submodule(module) for module in heads}
-                self._heads = {module: BankHead(o, self._number, module) for module, o in originals.items()}
+                self._heads = {module: BankHead(o, self._number) for module, o in originals.items()}
                 self._config = next(iter(layers.values())).config
                 self.model.requires_grad_(False)
                 swap(self.model, {**self._layers, **self._heads})

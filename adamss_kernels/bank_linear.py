@@ -169,10 +169,7 @@ class BankLinear(nn.Module):
 
     def plain(self) -> nn.Module:
         """Return the frozen layer, with the same parameters."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        own: dict[str, Any] = self._parameters
-        linear.weight, linear.bias = own["weight"], own["bias"]
-        return linear.train(self.training)
+        return _linear_of(self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> BankLinear:
         moved = super()._apply(fn, recurse)
@@ -264,6 +261,14 @@ def bank_layer(layer: FusedAdaMSSLinear, bank: int) -> BankLinear:
     return BankOverBase(layer, bank) if isinstance(layer, AdaMSSOverBase) else BankLinear(layer, bank)
 
 
+def _linear_of(module: BankLinear | BankHead) -> nn.Linear:
+    """Return an `nn.Linear` of a module's own weight and bias, shared."""
+    linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+    own: dict[str, Any] = module._parameters
+    linear.weight, linear.bias = own["weight"], own["bias"]
+    return linear.train(module.training)
+
+
 def _uncompiled(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """Keep what depends on which rows there are for whom out of compiled code: it differs from batch to batch.
 
@@ -278,16 +283,15 @@ class BankHead(nn.Module):
     Attributes:
         weight: (N, D), of rows without an adapter.
         bias: (N,) or None.
-        name: Of the module in its model.
     """
 
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, linear: nn.Linear, bank: int, name: str) -> None:
+    def __init__(self, linear: nn.Linear, bank: int) -> None:
         """Take the model's own layer, shared, not copied, and the bank's number."""
         super().__init__()
-        self.bank, self.name = bank, name
+        self.bank = bank
         self.out_features, self.in_features = linear.out_features, linear.in_features
         self.weight = linear.weight
         self.register_parameter("bias", None)
@@ -308,10 +312,7 @@ class BankHead(nn.Module):
 
     def plain(self) -> nn.Linear:
         """Return the model's own layer, with the same parameters."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        own: dict[str, Any] = self._parameters
-        linear.weight, linear.bias = own["weight"], own["bias"]
-        return linear.train(self.training)
+        return _linear_of(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (batch, ..., D) to y (batch, ..., N)."""

@@ -240,16 +240,21 @@ class _Gradients(torch.autograd.Function):
         return (None, None, *(None,) * ctx.count, *(results.get(i) for i in range(len(inputs))))
 
 
+def require_input(x: Tensor | None, is_needed: bool) -> None:
+    """Raise where a gradient of B or C is differentiated again and x was not kept for it."""
+    if x is None and is_needed:
+        raise RuntimeError(
+            "trying to differentiate twice through an adapted layer that keeps no input for it; with "
+            "save_for_backward='input' it has derivatives of every order"
+        )
+
+
 def _formula(ctx: Any, dy: Tensor, saved: tuple[Any, ...]) -> Gradients:
     """Return what `_FusedLinear.backward` returns, differentiably."""
     x, _, _, weight, B, C, *frozen = saved
     need_dx, need_dweight, need_dbias, need_dB, need_dC, *_ = ctx.needs_input_grad
     needs = [need_dx, need_dweight, need_dbias, need_dB and ctx.learns, need_dC and ctx.learns]
-    if x is None and (needs[3] or needs[4]):
-        raise RuntimeError(
-            "trying to differentiate twice through an adapted layer that keeps no input for it; with "
-            "save_for_backward='input' it has derivatives of every order"
-        )
+    require_input(x, needs[3] or needs[4])
     gradients = differentiable.backward(dy, x, weight, B, C, Subspaces(*frozen), needs)
     if not ctx.learns:
         gradients = (*gradients[:3], *zero_gradients(ctx, (3, B), (4, C)))
