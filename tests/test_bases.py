@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import pickle
 
@@ -275,11 +276,12 @@ def test_masks_hold_over_a_base(which):
     assert torch.count_nonzero(layer.B.grad) == 0
 
 
-@pytest.mark.parametrize("which", ["conv1d", "nf4", "bnb-int8", "ao-int8", "ao-float8"])
-@pytest.mark.parametrize("bias", [True, False])
+# Conv1D always has a bias.
+@pytest.mark.parametrize(
+    ("which", "bias"),
+    [("conv1d", True), *itertools.product(["nf4", "bnb-int8", "ao-int8", "ao-float8"], [True, False])],
+)
 def test_shapes_of_nn_linear_go_through(which, bias):
-    if which == "conv1d" and not bias:
-        pytest.skip("Conv1D always has a bias")
     layer = randomise(adapted(which, bias=bias).block["up"])
     W = layer.base_parameters()[0] + layer.delta_weight()
     b = layer.bias + layer.delta_bias() if bias else None
@@ -304,7 +306,12 @@ def test_autocast_gives_the_dtype_that_the_base_gives(which):
         assert y.dtype == layer.bare_base()(x).dtype
     y.float().sum().backward()
     assert x.grad.dtype == layer.B.grad.dtype == torch.float32
-    torch.testing.assert_close(y.float(), layer(x), rtol=0.05, atol=0.1)
+    # What the base itself loses by autocast; it and the update are each rounded as often.
+    exact, base = layer(x).double(), layer.bare_base()
+    with torch.autocast("cpu", torch.bfloat16):
+        of_base = base(x)
+    lost = relative_error(of_base, base(x).double())
+    assert relative_error(y, exact) <= 2 * lost + torch.finfo(torch.bfloat16).eps
 
 
 @pytest.mark.parametrize("which", ["nf4", "nf4-plain", "fp4"])
