@@ -16,17 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapter_file import TENSORS_FILE, read_checkpoint, write_layers
 from .bank_linear import BankHead, BankLinear, bank_layer
-from .checkpoint import (
-    SAME_UPDATE,
-    SIMILAR_UPDATE,
-    TENSORS_FILE,
-    BaseWeightWarning,
-    KnownBase,
-    build_layers,
-    read_checkpoint,
-    write_layers,
-)
+from .checkpoint import SAME_UPDATE, SIMILAR_UPDATE, BaseWeightWarning, KnownBase, build_layers
 from .config import AdaMSSConfig, require_config
 from .decompose import augmented
 from .linear import FusedAdaMSSLinear

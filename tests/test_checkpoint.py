@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from adamss_kernels import AdaMSSConfig, BaseWeightWarning, export_peft, inject_adamss, load_adapter, save_adapter
-from adamss_kernels.checkpoint import HEADER_FILE, TENSORS_FILE
+from adamss_kernels.adapter_file import HEADER_FILE, TENSORS_FILE
 from adamss_kernels.model import adamss_layers
 from adamss_kernels.sketch import relative_difference, sketch
 

@@ -21,8 +21,9 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..adapter_file import HEADER_FILE, TENSORS_FILE
 from ..atomic import replace_folder
-from ..checkpoint import HEADER_FILE, TENSORS_FILE, load_adapter, save_adapter
+from ..checkpoint import load_adapter, save_adapter
 from ..formats import PEFT_CONFIG_FILE, PEFT_TENSORS_FILE, export_lora, export_peft, import_peft, read_peft_config
 from ..merge import merge_and_unload
 from ..model import adapted_layers

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import TENSORS_FILE, read_checkpoint
+from ..adapter_file import TENSORS_FILE, read_checkpoint
 from ..compact import solve
 from ..config import AdaMSSConfig
 from ..decompose import rebuild_basis

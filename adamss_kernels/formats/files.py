@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..adapter_file import TENSORS_FILE
 from ..atomic import replace_file
-from ..checkpoint import TENSORS_FILE
 from ..distributed import full_tensor, is_writer, reshard, together, unwrap
 from ..linear import FusedAdaMSSLinear
 from ..model import adamss_layers, adapted_layers, saved_modules, saved_names

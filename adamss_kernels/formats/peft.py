@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..adapter_file import Checkpoint
 from ..bases import plain_linear
-from ..checkpoint import Checkpoint
 from ..config import ASA_FIELDS, AdaMSSConfig
 from ..decompose import Decomposition, augmented, decompose
 from ..distributed import full_tensor, unwrap
