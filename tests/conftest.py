@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,6 +14,10 @@ from adamss_kernels import AdaMSSConfig, FusedAdaMSSLinear, SubspaceLayout, avai
 from adamss_kernels.subspaces import Subspaces
 
 pytest_plugins = ["cuda_on_host"]
+
+# pytest's first process imports torchao when it is told of a warning of PEFT's, and what that logs would come after the
+# summary, which has to be the last line.
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 GPU_BACKENDS = ("triton", "cuda")
 CPU_BACKENDS = [
