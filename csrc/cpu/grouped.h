@@ -1,5 +1,5 @@
-// Forward and backward with another adapter for each group of tokens: all groups' preparations in parallel, then all
-// their blocks, so that neither many small groups nor one large one leave threads idle. Once per instruction set.
+// Forward and backward with another adapter for each group of tokens: all groups in parallel, then all blocks of those
+// that have several, so that neither many small groups nor one large one leave threads idle. Once per instruction set.
 #pragma once
 
 #include "backward.h"
@@ -30,8 +30,13 @@ class ByGroup {
     };
     const adamss_groups& groups_;
     Buffer<Object*> objects_;
-    Buffer<Block> blocks_;
-    int64_t count_ = 0;
+
+    template <class Finish>
+    void finish(int64_t group, const Finish& finish) {
+        finish(*objects_[group]);
+        delete objects_[group];
+        objects_[group] = nullptr;
+    }
 
   public:
     explicit ByGroup(const adamss_groups& groups) : groups_(groups), objects_(groups.count) {}
@@ -40,28 +45,29 @@ class ByGroup {
         for (Object* object : objects_) delete object;
     }
 
-    // make(group) makes an object, or null for one that needs none; blocks(object) says how many blocks it has.
-    template <class Make, class Blocks>
-    void make(const Make& make, const Blocks& blocks) {
+    // make(group) makes an object, or null for one that needs none; run(object, block) does one of its blocks(object),
+    // in any order; finish(object) what follows. A group of one block is one task: what was made for it is still
+    // in cache, and its memory serves the next.
+    template <class Make, class Blocks, class Run, class Finish>
+    void work(const Make& make, const Blocks& blocks, const Run& run, const Finish& finish) {
         parallel_blocks(groups_.count, [&](int64_t group) {
-            if (groups_.starts[group] < groups_.starts[group + 1]) objects_[group] = make(group);
+            if (groups_.starts[group] == groups_.starts[group + 1]) return;
+            objects_[group] = make(group);
+            if (!objects_[group] || blocks(*objects_[group]) != 1) return;
+            run(*objects_[group], 0);
+            this->finish(group, finish);
         });
-        for (int64_t group = 0; group < groups_.count; ++group)
-            if (objects_[group]) count_ += blocks(*objects_[group]);
-        blocks_.resize(count_);
+        int64_t count = 0;
+        for (const Object* object : objects_)
+            if (object) count += blocks(*object);
+        Buffer<Block> all(count);
         int64_t at = 0;
         for (int64_t group = 0; group < groups_.count; ++group)
-            for (int64_t i = 0; objects_[group] && i < blocks(*objects_[group]); ++i) blocks_[at++] = {group, i};
-    }
-    // run(object, block)
-    template <class Run>
-    void for_blocks(const Run& run) {
-        parallel_blocks(count_, [&](int64_t i) { run(*objects_[blocks_[i].group], blocks_[i].index); });
-    }
-    // f(group, object), which is null for groups without tokens
-    template <class F>
-    void for_groups(const F& f) {
-        parallel_blocks(groups_.count, [&](int64_t group) { f(group, objects_[group]); });
+            for (int64_t i = 0; objects_[group] && i < blocks(*objects_[group]); ++i) all[at++] = {group, i};
+        parallel_blocks(count, [&](int64_t i) { run(*objects_[all[i].group], all[i].index); });
+        parallel_blocks(groups_.count, [&](int64_t group) {
+            if (objects_[group]) this->finish(group, finish);
+        });
     }
 };
 
@@ -139,12 +145,13 @@ adamss_status grouped_forward(const adamss_forward_args& args, const adamss_grou
     };
     update_few<T, X>(args, groups, all, is_few);
     ByGroup<Update<T, X>> updates(groups);
-    updates.make(
+    updates.work(
         [&](int64_t group) {
             return is_few(group) ? nullptr : new Update<T, X>(of_group<T>(args, groups, group), &all);
         },
-        [](const Update<T, X>& update) { return update.blocks(); });
-    updates.for_blocks([](const Update<T, X>& update, int64_t block) { update.block(block); });
+        [](const Update<T, X>& update) { return update.blocks(); },
+        [](const Update<T, X>& update, int64_t block) { update.block(block); },
+        [](const Update<T, X>&) {});
     for_others(groups, args.M, [&](int64_t m) {
         X* const y = static_cast<X*>(args.y) + m * N;
         if (args.bias)
@@ -163,20 +170,21 @@ adamss_status grouped_backward(const adamss_backward_args& args, const adamss_gr
     T *const dB = static_cast<T*>(args.dB), *const dC = static_cast<T*>(args.dC);
     if (!args.dx && !dB && !dC) return ADAMSS_UPDATE;
     ByGroup<Gradients<T, X>> gradients(groups);
-    gradients.make(
+    gradients.work(
         [&](int64_t group) {
             adamss_backward_args own = of_group<T>(args, groups, group);
             if (dB) own.dB = dB + group * size_B;
             if (dC) own.dC = dC + group * size_C;
             return new Gradients<T, X>(own);
         },
-        [](const Gradients<T, X>& gradients) { return gradients.shares(); });
-    gradients.for_blocks([](Gradients<T, X>& gradients, int64_t share) { gradients.share(share); });
-    gradients.for_groups([&](int64_t group, Gradients<T, X>* own) {
-        if (own) return own->write();
+        [](const Gradients<T, X>& gradients) { return gradients.shares(); },
+        [](Gradients<T, X>& gradients, int64_t share) { gradients.share(share); },
+        [](Gradients<T, X>& gradients) { gradients.write(); });
+    for (int64_t group = 0; group < groups.count; ++group) {
+        if (groups.starts[group] < groups.starts[group + 1]) continue;
         if (dB) std::memset(dB + group * size_B, 0, size_B * sizeof(T));
         if (dC) std::memset(dC + group * size_C, 0, size_C * sizeof(T));
-    });
+    }
     if (args.dx)
         for_others(groups, args.M, [&](int64_t m) {
             std::memset(static_cast<void*>(static_cast<X*>(args.dx) + m * args.D), 0, args.D * sizeof(X));
