@@ -64,6 +64,7 @@ class ByGroup {
         int64_t at = 0;
         for (int64_t group = 0; group < groups_.count; ++group)
             for (int64_t i = 0; objects_[group] && i < blocks(*objects_[group]); ++i) all[at++] = {group, i};
+        if (!count) return;
         parallel_blocks(count, [&](int64_t i) { run(*objects_[all[i].group], all[i].index); });
         parallel_blocks(groups_.count, [&](int64_t group) {
             if (objects_[group]) this->finish(group, finish);
@@ -112,9 +113,9 @@ void update_token(const adamss_forward_args& args, const ColumnIndex& all, const
     }
 }
 
-// All tokens of groups that are few in them; f(group) says whether one is.
+// All tokens of groups that are few in them; f(group) says whether one is. Returns how many tokens these are.
 template <class T, class X, class F>
-void update_few(const adamss_forward_args& args, const adamss_groups& groups, const ColumnIndex& all, const F& f) {
+int64_t update_few(const adamss_forward_args& args, const adamss_groups& groups, const ColumnIndex& all, const F& f) {
     struct Place {
         int64_t group, token;
     };
@@ -132,6 +133,7 @@ void update_few(const adamss_forward_args& args, const adamss_groups& groups, co
             update_token<T, X>(of_group<T>(args, groups, places[i].group), all, bias.data(), places[i].token,
                                scratch.data(), scratch.data() + args.R);
     });
+    return count;
 }
 
 template <class T, class X>
@@ -143,15 +145,15 @@ adamss_status grouped_forward(const adamss_forward_args& args, const adamss_grou
     const auto is_few = [&](int64_t group) {
         return args.P && groups.starts[group + 1] - groups.starts[group] <= FEW_TOKENS;
     };
-    update_few<T, X>(args, groups, all, is_few);
-    ByGroup<Update<T, X>> updates(groups);
-    updates.work(
-        [&](int64_t group) {
-            return is_few(group) ? nullptr : new Update<T, X>(of_group<T>(args, groups, group), &all);
-        },
-        [](const Update<T, X>& update) { return update.blocks(); },
-        [](const Update<T, X>& update, int64_t block) { update.block(block); },
-        [](const Update<T, X>&) {});
+    // Waking threads for groups that are done already would cost as much as their tokens did.
+    if (update_few<T, X>(args, groups, all, is_few) < groups.starts[groups.count])
+        ByGroup<Update<T, X>>(groups).work(
+            [&](int64_t group) {
+                return is_few(group) ? nullptr : new Update<T, X>(of_group<T>(args, groups, group), &all);
+            },
+            [](const Update<T, X>& update) { return update.blocks(); },
+            [](const Update<T, X>& update, int64_t block) { update.block(block); },
+            [](const Update<T, X>&) {});
     for_others(groups, args.M, [&](int64_t m) {
         X* const y = static_cast<X*>(args.y) + m * N;
         if (args.bias)
@@ -169,8 +171,7 @@ adamss_status grouped_backward(const adamss_backward_args& args, const adamss_gr
     const int64_t size_B = l.offsets[l.K] * args.R, size_C = l.N * args.r_max;
     T *const dB = static_cast<T*>(args.dB), *const dC = static_cast<T*>(args.dC);
     if (!args.dx && !dB && !dC) return ADAMSS_UPDATE;
-    ByGroup<Gradients<T, X>> gradients(groups);
-    gradients.work(
+    ByGroup<Gradients<T, X>>(groups).work(
         [&](int64_t group) {
             adamss_backward_args own = of_group<T>(args, groups, group);
             if (dB) own.dB = dB + group * size_B;
