@@ -1,6 +1,6 @@
 """Where the time of one layer goes on the CPU: shares of perf's samples by function.
 
-Usage: python bench/cpu_profile.py [--out bench/results/cpu-profile.jsonl] [--seconds 8]
+Usage: python bench/cpu_profile.py [--out bench/results/PROCESSOR-profile.jsonl] [--seconds 8]
 
 Needs Linux perf. Samples of all threads count, waiting ones too: a share of 10 % in which one of two threads waits for
 the other is 20 % of the time.

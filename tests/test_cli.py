@@ -109,14 +109,15 @@ def test_what_a_stopped_benchmark_has_measured_is_kept_beside_what_was_complete(
         yield {"suite": "init", "case": case, "provider": "first", "parameters": 1}
         raise KeyboardInterrupt
 
-    results.write(tmp_path / "cpu-init.jsonl", {"is": "complete"}, [])
+    file = f"{results.machine(torch.device('cpu'))}-init.jsonl"
+    results.write(tmp_path / file, {"is": "complete"}, [])
     monkeypatch.setattr(command.init, "measure", measure)
     assert main(["bench", "init", "--out", str(tmp_path)]) == 130
-    _, rows = results.read(tmp_path / "cpu-init.jsonl.partial")
+    _, rows = results.read(tmp_path / f"{file}.partial")
     assert [row["provider"] for row in rows] == ["first"]
     assert results.read(tmp_path) == ({"is": "complete"}, [])
     said = capsys.readouterr()
-    assert "cpu-init.jsonl.partial" in said.out
+    assert f"{file}.partial" in said.out
     assert said.err.endswith("bench: interrupted\n")
 
 

@@ -19,6 +19,7 @@ from adamss_kernels.cli.bench.layer import FORWARD, FORWARD_BACKWARD
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 PLOTS = ROOT / "docs" / "plots"
+PICTURED = "Intel-Xeon-Processor"  # the processor with all suites measured
 README_PROVIDERS = ("cpu", "half-pruned", "peft-adamss", "peft-adamss-compiled", "peft-lora")
 Rows = list[dict[str, Any]]
 
@@ -260,23 +261,28 @@ def _source(environment: dict[str, Any], path: Path) -> str:
     )
 
 
-# Table to document, result file and what makes it.
+# Table to document, suite (or file of a GPU), and what makes it.
 TABLES: dict[str, tuple[str, str, Callable[[Rows], list[str]]]] = {
-    "layer": ("README.md", "cpu-layer.jsonl", lambda rows: layer_table(_of(rows, "layer"), "float32")),
-    "layer-bfloat16": ("README.md", "cpu-layer.jsonl", lambda rows: layer_table(_of(rows, "layer"), "bfloat16")),
-    "model": ("README.md", "cpu-model.jsonl", model_table),
-    "minilm": ("README.md", "cpu-minilm.jsonl", minilm_table),
-    "asa": ("README.md", "cpu-asa.jsonl", asa_table),
-    "memory": ("README.md", "cpu-memory.jsonl", memory_table),
-    "mixed": ("README.md", "cpu-mixed.jsonl", mixed_table),
-    "layer-full": ("docs/benchmarks.md", "cpu-layer.jsonl", full_table),
-    "profile": ("docs/cpu.md", "cpu-profile.jsonl", profile_table),
-    "methods": ("docs/benchmarks.md", "cpu-methods.jsonl", methods_table),
-    "init": ("docs/benchmarks.md", "cpu-init.jsonl", init_table),
-    "exponents": ("docs/benchmarks.md", "cpu-scaling.jsonl", exponent_table),
+    "layer": ("README.md", "layer", lambda rows: layer_table(_of(rows, "layer"), "float32")),
+    "layer-bfloat16": ("README.md", "layer", lambda rows: layer_table(_of(rows, "layer"), "bfloat16")),
+    "model": ("README.md", "model", model_table),
+    "minilm": ("README.md", "minilm", minilm_table),
+    "asa": ("README.md", "asa", asa_table),
+    "memory": ("README.md", "memory", memory_table),
+    "mixed": ("README.md", "mixed", mixed_table),
+    "layer-full": ("docs/benchmarks.md", "layer", full_table),
+    "profile": ("docs/cpu.md", "profile", profile_table),
+    "methods": ("docs/benchmarks.md", "methods", methods_table),
+    "init": ("docs/benchmarks.md", "init", init_table),
+    "exponents": ("docs/benchmarks.md", "scaling", exponent_table),
     "gpu-layer": ("README.md", "NVIDIA-H100-80GB-HBM3/results.jsonl", gpu_table),
     "gpu-step": ("README.md", "NVIDIA-H100-80GB-HBM3/results.jsonl", gpu_step_table),
 }
+
+
+def _measured(suite: str) -> list[Path]:
+    """Return the result files of a suite, one for each processor that has been measured, or the file itself."""
+    return [RESULTS / suite] if suite.endswith(".jsonl") else sorted(RESULTS.glob(f"*-{suite}.jsonl"), reverse=True)
 
 
 def _of(rows: Rows, suite: str) -> Rows:
@@ -291,10 +297,12 @@ def main() -> int:
     differing = []
     texts = {name: (ROOT / name).read_text() for name, _, _ in TABLES.values()}
     for name, (document, file, table) in TABLES.items():
-        path = RESULTS / file
-        environment, rows = results.read(path)
         up = "../" * document.count("/")
-        content = "\n".join([*table(rows), "", _source(environment, path).replace("{up}", up)])
+        parts = []
+        for path in _measured(file):
+            environment, rows = results.read(path)
+            parts += ["\n".join([*table(rows), "", _source(environment, path).replace("{up}", up)])]
+        content = "\n\n".join(parts)
         pattern = rf"(<!-- {name}: written by tools/readme.py -->\n).*?(\n<!-- end -->)"
         replace = lambda m, text=content: m[1] + text + m[2]  # noqa: E731
         new, found = re.subn(pattern, replace, texts[document], flags=re.S)
@@ -303,8 +311,7 @@ def main() -> int:
             return 1
         differing += [f"{document}, table {name!r}"] if new != texts[document] else []
         texts[document] = new
-    _, rows = results.read(RESULTS)
-    figures = plots.draw(rows)
+    figures = plots.draw([row for path in sorted(RESULTS.glob(f"{PICTURED}-*.jsonl")) for row in results.read(path)[1]])
     for name, figure in figures.items():
         picture = PLOTS / f"{name}.svg"
         if not picture.exists() or plots.digest(figure) not in picture.read_text():

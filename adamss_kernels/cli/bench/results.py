@@ -98,10 +98,9 @@ def gpu_state() -> str | None:
 
 
 def machine(device: torch.device) -> str:
-    """Return the word that result files of this device begin with."""
-    if device.type == "cpu":
-        return "cpu"
-    return re.sub(r"[^A-Za-z0-9]+", "-", torch.cuda.get_device_name(device)).strip("-")
+    """Return the word that result files of this device begin with, so that no processor's replace another's."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model().split(" x ", 1)[-1]
+    return re.sub(r"[^A-Za-z0-9]+", "-", re.sub(r"\(\w+\)", "", name)).strip("-") or device.type
 
 
 def rounded(value: Any) -> Any:
