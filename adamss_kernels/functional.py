@@ -159,9 +159,9 @@ def as_linear_takes_them(x: Tensor, weight: Tensor, bias: Tensor | None) -> tupl
 
 
 def is_transformed() -> bool:
-    """Whether `torch.func` or forward-mode differentiation looks on, for which the operators have no rules."""
+    """Whether `torch.func`, forward mode or an export to ONNX looks on, for which the operators have no rules."""
     if torch.compiler.is_compiling():
-        return False
+        return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 

@@ -155,7 +155,8 @@ def gather_index(row_subspace: Tensor, offsets: Tensor, r_max: int) -> Tensor:
 def column_mask(subspaces: Tensor, offsets: Tensor, rho: int) -> Tensor:
     """Spread a mask (K,) bool over subspaces to (RHO,) bool over the columns of S."""
     columns = torch.arange(rho, device=offsets.device, dtype=offsets.dtype)
-    return subspaces[torch.searchsorted(offsets, columns, right=True) - 1]
+    # Not `searchsorted`, which ONNX has nothing for.
+    return subspaces[(columns[:, None] >= offsets[1:]).sum(1)]
 
 
 def block_diagonal(C: Tensor, row_subspace: Tensor, offsets: Tensor, rho: int) -> Tensor:
