@@ -41,6 +41,15 @@ _BACKWARD = (
 _GROUPS = "Tensor tokens, Tensor slots, Tensor starts, Tensor tiles, "
 
 
+# y (M, N) is contiguous and of x's dtype.
+_ADD_UPDATE = (
+    _FORWARD.format("")
+    .replace("Tensor x, Tensor weight, Tensor? bias", "Tensor(a!) y, Tensor x")
+    .replace("(Tensor y, Tensor S", "(Tensor S")
+)
+_UPDATE_BACKWARD = _BACKWARD.format("").replace("Tensor weight, ", "")
+
+
 class Operators(NamedTuple):
     """A backend's `forward` and `backward`; `reference.py` says what they compute."""
 
@@ -68,6 +77,16 @@ def _backward_fake(dy, x, S, P, weight, B, C, basis, basis_bias, row_subspace, o
     )
 
 
+def _add_update_fake(y, x, B, C, basis, basis_bias, row_subspace, offsets, active, keep_S, keep_P):
+    S = x.new_empty((x.shape[0], B.shape[0]) if keep_S else 0, dtype=accumulation_dtype(x.dtype))
+    return S, x.new_empty((x.shape[0], basis.shape[0]) if keep_P else 0)
+
+
+def _update_backward_fake(dy, x, S, P, B, C, basis, *rest):
+    weight = dy.new_empty(dy.shape[1], B.shape[1] if basis is None else basis.shape[1])
+    return _backward_fake(dy, x, S, P, weight, B, C, basis, *rest)
+
+
 def _python_kernels(name, is_grouped):
     """Return the kernels of a backend whose module has them in Python."""
     prefix = "grouped_" if is_grouped else ""
@@ -89,7 +108,7 @@ def _python_kernels(name, is_grouped):
     return forward, backward
 
 
-def _library_kernels(name, is_grouped):
+def _library_kernels(pairs, name):
     """Return stand-ins for kernels in compiled code: they load it, which puts its kernels before these."""
 
     def stand_in(which):
@@ -97,8 +116,7 @@ def _library_kernels(name, is_grouped):
             reason = implementation(name).why_unavailable(tensor.device.type, tensor.dtype)
             if reason is not None:
                 raise RuntimeError(f"backend {name!r} cannot run {tensor.dtype} on {tensor.device.type}: {reason}")
-            pairs = GROUPED_OPERATORS if is_grouped else OPERATORS
-            return pairs[name][which](tensor, *operands)
+            return pairs()[name][which](tensor, *operands)
 
         return kernel
 
@@ -116,25 +134,39 @@ def without_autocast(tensor):
 _library = torch.library.Library("adamss_kernels", "DEF")
 
 
+def _defined_operator(operator, schema, kernel, fake):
+    _library.define(operator + schema)
+    _library.impl(operator, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"adamss_kernels::{operator}", fake, lib=_library)
+    return getattr(torch.ops.adamss_kernels, operator).default
+
+
 def _defined(name, is_grouped):
     """Define a pair of operators of backend `name`, and return it."""
-
-    def defined(operator, schema, kernel, fake):
-        _library.define(operator + schema)
-        _library.impl(operator, kernel, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"adamss_kernels::{operator}", fake, lib=_library)
-        return getattr(torch.ops.adamss_kernels, operator).default
-
-    forward, backward = (_library_kernels if name == "cpu" else _python_kernels)(name, is_grouped)
+    if name == "cpu":
+        forward, backward = _library_kernels(lambda: GROUPED_OPERATORS if is_grouped else OPERATORS, name)
+    else:
+        forward, backward = _python_kernels(name, is_grouped)
     infix, groups = ("_grouped", _GROUPS) if is_grouped else ("", "")
     return Operators(
-        defined(f"{name}{infix}_forward", _FORWARD.format(groups), forward, _forward_fake),
-        defined(f"{name}{infix}_backward", _BACKWARD.format(groups), backward, _backward_fake),
+        _defined_operator(f"{name}{infix}_forward", _FORWARD.format(groups), forward, _forward_fake),
+        _defined_operator(f"{name}{infix}_backward", _BACKWARD.format(groups), backward, _backward_fake),
+    )
+
+
+def _defined_without_base(name):
+    """Define the pair of a backend in compiled code that leaves the base out, and return it."""
+    forward, backward = _library_kernels(lambda: UPDATE_OPERATORS, name)
+    return Operators(
+        _defined_operator(f"{name}_add_update", _ADD_UPDATE, forward, _add_update_fake),
+        _defined_operator(f"{name}_update_backward", _UPDATE_BACKWARD, backward, _update_backward_fake),
     )
 
 
 OPERATORS = {name: _defined(name, is_grouped=False) for name in BACKENDS}
 """The pair of each backend, by its name."""
+UPDATE_OPERATORS = {"cpu": _defined_without_base("cpu")}
+"""The pair for the update alone, of the backends that have one: `forward` adds it to y and returns S and P."""
 GROUPED_OPERATORS = {name: _defined(name, is_grouped=True) for name in GROUPED_BACKENDS}
 """The pair for tokens in groups, each of which has a B, C and masks of its own."""
 

@@ -17,6 +17,7 @@ from .bases import Kind, dense, require_base
 from .config import AdaMSSConfig
 from .decompose import Decomposition, decompose
 from .linear import FusedAdaMSSLinear
+from .ops import UPDATE_OPERATORS
 from .subspaces import Subspaces
 
 
@@ -38,14 +39,15 @@ class AdaMSSOverBase(FusedAdaMSSLinear):
             base: Left as it is; its parameters are shared.
             kind: How it is read.
             decomposition: Basis, layout, B and C for its weight.
-            config: Uses save_for_backward.
+            config: Uses save_for_backward and backend.
 
         Raises:
             ValueError: `config.backend` names one that has no kernel for the update alone.
         """
-        if config.backend not in ("auto", "reference"):
+        if config.backend not in ("auto", "reference", *UPDATE_OPERATORS):
+            expected = ", ".join(map(repr, ("auto", "reference", *UPDATE_OPERATORS)))
             raise ValueError(
-                f"backend: expected 'auto' or 'reference' over a {kind.name}, whose update plain PyTorch computes, got "
+                f"backend: expected one of {expected}, which compute the update alone, over a {kind.name}, got "
                 f"{config.backend!r}"
             )
         N, D = decomposition.layout.num_rows, decomposition.basis.shape[1]
@@ -74,7 +76,7 @@ class AdaMSSOverBase(FusedAdaMSSLinear):
             contributes, learns = self._still_idle(self._idle)
         rows = (self.row_subspace, self.offsets, self.active, self.trainable)
         subspaces = Subspaces(self.basis, self.basis_bias, *rows, contributes, learns)
-        return add_update(y, x, self.B, self.C, subspaces, self.config.save_for_backward)
+        return add_update(y, x, self.B, self.C, subspaces, self.config.save_for_backward, self.config.backend)
 
     def bare_base(self) -> nn.Module:
         """Return the base by itself, as it was before it was adapted or merged; parameters are shared."""

@@ -98,6 +98,8 @@ def test_an_adapted_base_computes_at_first_what_the_base_does(which, dtype):
     inject_adamss(model, config(), progress=False)
     layer = model.block["up"]
     assert type(layer) is AdaMSSOverBase
+    # With AVX-512's bfloat16 a 4-bit base packs its weight anew in eval mode and rounds it; an adapted one keeps it.
+    base.support_avx512bf16_for_cpu = False
     for mode in (True, False):
         x = torch.randn(2, 5, D, dtype=dtype)
         assert torch.equal(layer.train(mode)(x), base.train(mode)(x))
@@ -344,8 +346,8 @@ def test_what_is_not_quantised_yet_or_anew_in_each_call_is_refused():
 
 
 def test_a_backend_that_has_no_kernel_for_the_update_alone_is_refused():
-    with pytest.raises(ValueError, match="backend: expected 'auto' or 'reference' over a transformers Conv1D.*'cpu'"):
-        adapted("conv1d", backend="cpu")
+    with pytest.raises(ValueError, match="backend: expected one of .*'cpu', .* over a transformers Conv1D.*'cuda'"):
+        adapted("conv1d", backend="cuda")
 
 
 @pytest.mark.parametrize("which", ["conv1d", "nf4", "bnb-int8", "ao-int8"])

@@ -5,7 +5,22 @@
 
 namespace ADAMSS_ISA {
 
-// y[m] = bias + sum_j S[m, index[j]] value[j] for ROWS tokens.
+template <class T, class X>
+T value_of(const X* y) {
+    T value;
+    to_arithmetic(y, &value, 1);
+    return value;
+}
+
+// A register of a row of y as it is.
+template <class T, class X>
+vec<T> load_as(const X* y) {
+    T values[Vector<T>::width];
+    to_arithmetic(y, values, Vector<T>::width);
+    return load(values);
+}
+
+// y[m] = bias + sum_j S[m, index[j]] value[j] for ROWS tokens; where there is no bias, y[m] takes its place.
 template <class T, class X, int Registers, int ROWS>
 void update_tile(int64_t N, const T* S, int64_t stride_sm, const Coefficients<T>& c, const T* bias, X* const* y) {
     constexpr int W = Vector<T>::width;
@@ -16,7 +31,10 @@ void update_tile(int64_t N, const T* S, int64_t stride_sm, const Coefficients<T>
     static_assert(ROWS == 1 || ROWS == 4, "as many as are held");
     for (int64_t i = 0; i < whole; i += W) {
         vec<T> total[ROWS];
-        ADAMSS_UNROLL for (int m = 0; m < ROWS; ++m) total[m] = load(bias + i);
+        if (bias)
+            ADAMSS_UNROLL for (int m = 0; m < ROWS; ++m) total[m] = load(bias + i);
+        else
+            ADAMSS_UNROLL for (int m = 0; m < ROWS; ++m) total[m] = load_as<T>(y[m] + i);
         for (int64_t j = 0; j < c.r_max; ++j) {
             const vec<T> value = load(c.value.data() + j * c.stride + i);
             const int32_t* index = c.index + j * c.stride + i;
@@ -26,7 +44,7 @@ void update_tile(int64_t N, const T* S, int64_t stride_sm, const Coefficients<T>
     }
     for (int64_t i = whole; i < N; ++i)
         for (int m = 0; m < ROWS; ++m) {
-            T total = bias[i];
+            T total = bias ? bias[i] : value_of<T>(y[m] + i);
             for (int64_t j = 0; j < c.r_max; ++j)
                 total += S[m * stride_sm + c.index[j * c.stride + i]] * c.value[j * c.stride + i];
             store_as(y[m] + i, total);
@@ -55,11 +73,11 @@ struct SortedCoefficients {
     }
 };
 
-// y[m] = bias + (sum_j S[m, start + j] value[j] for each subspace)[place] for DOT_M tokens; `sorted` (DOT_M, stride) is
-// scratch that starts as zeros.
+// y[m] = bias + (sum_j S[m, start + j] value[j] for each subspace)[place] for `count` of DOT_M tokens, y[m] again in place
+// of no bias; `sorted` (DOT_M, stride) is scratch that starts as zeros.
 template <class T, class X>
 void update_sorted(int64_t N, const T* S, int64_t stride_sm, const SortedCoefficients<T>& c, const T* bias, T* sorted,
-                   X* const y[DOT_M]) {
+                   X* const y[DOT_M], int64_t count) {
     constexpr int W = Vector<T>::width;
     for (const RowsBySubspace::Run& run : c.rows.runs)
         for (int64_t v = run.begin; v < run.end; v += W) {
@@ -71,10 +89,16 @@ void update_sorted(int64_t N, const T* S, int64_t stride_sm, const SortedCoeffic
             ADAMSS_UNROLL for (int m = 0; m < DOT_M; ++m) store(sorted + m * c.stride + v, total[m]);
         }
     const int64_t whole = N / W * W;
-    for (int m = 0; m < DOT_M; ++m) {
+    for (int m = 0; m < count; ++m) {
         const T* const row = sorted + m * c.stride;
-        for (int64_t i = 0; i < whole; i += W) store_as(y[m] + i, load(bias + i) + gather<T>(row, c.place.data() + i));
-        for (int64_t i = whole; i < N; ++i) store_as(y[m] + i, bias[i] + row[c.place[i]]);
+        for (int64_t i = 0; i < whole; i += W) {
+            const vec<T> before = bias ? load(bias + i) : load_as<T>(y[m] + i);
+            store_as(y[m] + i, before + gather<T>(row, c.place.data() + i));
+        }
+        for (int64_t i = whole; i < N; ++i) {
+            const T before = bias ? bias[i] : value_of<T>(y[m] + i);
+            store_as(y[m] + i, before + row[c.place[i]]);
+        }
     }
 }
 
@@ -132,6 +156,7 @@ class Update {
         const X* const source = static_cast<const X*>(args_.P ? args_.P : args_.x);
         const int64_t stride = args_.P ? args_.stride_pm : args_.stride_xm;
         X* const all_y = static_cast<X*>(args_.y);
+        const T* const bias = args_.adds_to_y ? nullptr : bias_.data();
         const auto update = for_rho<T>(rho_, [](auto held) { return update_tile<T, X, decltype(held)::value, TILE_M>; });
         const auto update_one = for_rho<T>(rho_, [](auto held) { return update_tile<T, X, decltype(held)::value, 1>; });
         Rows<T, X> x;
@@ -149,17 +174,16 @@ class Update {
                 write_S(columns_, S.data() + i * stride_sm_, rho_full,
                         static_cast<T*>(args_.S) + tokens[m + i] * rho_full);
             X* y[DOT_M];
-            // Rows that pad the last of several tiles are copies of its last real row and write the same values there.
             for (int64_t i = 0; i < DOT_M; ++i) y[i] = all_y + tokens[m + smaller(i, count - 1)] * N;
             if (is_sorted_) {
-                update_sorted<T, X>(N, S.data(), stride_sm_, sorted_, bias_.data(), sorted_y.data(), y);
+                update_sorted<T, X>(N, S.data(), stride_sm_, sorted_, bias, sorted_y.data(), y, count);
                 continue;
             }
             int64_t i = 0;
             for (; i + TILE_M <= count; i += TILE_M)
-                update(N, S.data() + i * stride_sm_, stride_sm_, coefficients_, bias_.data(), y + i);
+                update(N, S.data() + i * stride_sm_, stride_sm_, coefficients_, bias, y + i);
             for (; i < count; ++i)
-                update_one(N, S.data() + i * stride_sm_, stride_sm_, coefficients_, bias_.data(), y + i);
+                update_one(N, S.data() + i * stride_sm_, stride_sm_, coefficients_, bias, y + i);
         }
     }
 };

@@ -43,6 +43,7 @@ struct adamss_forward_args {
     void* y;  // (M, N), dtype of x
     adamss_layout layout;
     const int64_t* tokens;  // (M,), ascending: the rows of x, P, S and y that are meant; null for the first M
+    bool adds_to_y;         // y += S C^T instead: then W and bias are null
 };
 
 // dS = dy C, dC = dy^T S at the places of C, dB = (dS^T x) A^T + (sum_m dS) a^T or dS^T P, dx = dS Q, where the base
@@ -102,7 +103,7 @@ int32_t adamss_cpu_backward(const adamss_backward_args*);
 int32_t adamss_cpu_grouped_forward(const adamss_forward_args*, const adamss_groups*);
 int32_t adamss_cpu_grouped_backward(const adamss_backward_args*, const adamss_groups*);
 
-// Gives torch's operators `cpu_forward`, `cpu_backward` and their grouped namesakes their CPU kernels. `libtorch` is the
+// Gives torch's operators of backend `cpu` (`ops.py`) their kernels. `libtorch` is the
 // path of the loaded library. Returns null, or the name of what that torch lacks.
 const char* adamss_cpu_register(const char* libtorch);
 }

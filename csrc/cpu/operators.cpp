@@ -1,5 +1,5 @@
-// The operators `cpu_forward`, `cpu_backward` and their grouped namesakes as torch's dispatcher calls them: takes tensors
-// apart for the kernels, and has torch add the base product where they leave it out.
+// The operators of backend `cpu` as torch's dispatcher calls them: takes tensors apart for the kernels, and has torch
+// add the base product where they leave it out.
 //
 // In C++ because a Python function around them costs as much as a small layer's whole update.
 #include <initializer_list>
@@ -232,10 +232,42 @@ void forward(Value* stack, bool is_grouped) {
     set_outputs(stack, {&y, &S, &P});
 }
 
-void backward(Value* stack, bool is_grouped) {
+// Without a base: S C^T alone, added to y.
+void add_update(Value* stack) {
     Inputs in(stack);
-    Tensor dy = in.tensor(), x = in.optional(), S = in.optional(), P = in.optional(), weight = in.tensor(),
-           B = in.tensor(), C = in.tensor(), basis = in.optional(), basis_bias = in.optional();
+    const Tensor y = in.tensor();
+    Tensor x = in.tensor(), B = in.tensor(), C = in.tensor(), basis = in.optional(), basis_bias = in.optional();
+    const Tensor row_subspace = in.tensor(), offsets = in.tensor();
+    Tensor active = in.optional();
+    const bool keep_S = in.boolean(), keep_P = in.boolean();
+
+    const Types types(x);
+    const int64_t M = x.size(0), rho = B.size(0), R = B.size(1), r_max = C.size(1);
+    const bool by_P = keep_P || goes_through_P(types.dtype, basis, rho);
+    Tensor P = by_P ? projected(x, basis, basis_bias) : empty(x.dtype(), 0);
+    Tensor S = keep_S ? empty(types.arithmetic, M, rho) : empty(types.arithmetic, 0);
+    basis = dense_basis(std::move(basis), types.arithmetic);
+    basis_bias = dense(std::move(basis_bias), types.arithmetic);
+    B = dense(std::move(B), types.arithmetic);
+    C = dense(std::move(C), types.arithmetic);
+    active = dense(std::move(active), shim.aoti_torch_dtype_bool);
+    x = dense_rows(std::move(x));
+
+    const adamss_forward_args args = {types.dtype, M, x.size(1), R, x.data(), row_stride(x),
+                                      by_P ? P.data() : nullptr, R, nullptr, 0, basis.data(),
+                                      is_bfloat16(basis), basis_bias.data(), B.data(), nullptr, C.data(), r_max,
+                                      keep_S ? S.data() : nullptr, y.data(),
+                                      layout_of(row_subspace, offsets, active, Tensor()), nullptr, true};
+    lacks_base(adamss_cpu_forward(&args));
+    if (by_P && !keep_P) P = empty(x.dtype(), 0);
+    set_outputs(stack, {&S, &P});
+}
+
+// Without a base dx is that of the update alone.
+void backward(Value* stack, bool is_grouped, bool has_base = true) {
+    Inputs in(stack);
+    Tensor dy = in.tensor(), x = in.optional(), S = in.optional(), P = in.optional(),
+           weight = has_base ? in.tensor() : Tensor(), B = in.tensor(), C = in.tensor(), basis = in.optional(), basis_bias = in.optional();
     const Tensor row_subspace = in.tensor(), offsets = in.tensor();
     Tensor active = in.optional(), trainable = in.optional();
     const Groups groups = is_grouped ? Groups(in) : Groups();
@@ -245,10 +277,10 @@ void backward(Value* stack, bool is_grouped) {
 
     const Types types(dy);
     const int32_t dtype_B = B.dtype(), dtype_C = C.dtype();
-    const int64_t M = dy.size(0), N = weight.size(0), D = weight.size(1);
     const int64_t rho = B.size(is_grouped), R = B.size(1 + is_grouped), r_max = C.size(1 + is_grouped);
+    const int64_t M = dy.size(0), N = dy.size(1), D = basis ? basis.size(1) : R;
     Tensor dx = need_dx ? empty(dy.dtype(), M, D) : empty(dy.dtype(), 0);
-    const bool updates_W = need_dx && !groups && updates_weight(types.dtype, M, N);
+    const bool updates_W = need_dx && has_base && !groups && updates_weight(types.dtype, M, N);
     const Scratch W_updated(dy.dtype(), updates_W ? N : 0, D);
     Tensor dweight = need_dweight ? empty(dy.dtype(), N, D) : empty(dy.dtype(), 0);
     if (need_dweight) multiply(dweight, Tensor(), transposed(dy), x);
@@ -294,7 +326,7 @@ void backward(Value* stack, bool is_grouped) {
     if (dx_by_dP) multiply(dx, Tensor(), dP, A_for_dx);
     if (W_updated.matrix)
         multiply(dx, Tensor(), dy, W_updated.matrix);
-    else if (need_dx && lacks)
+    else if (need_dx && lacks && has_base)
         multiply(dx, dx, dy, weight);
     if (dtype_B != types.arithmetic) dB = copied(dB, dtype_B);
     if (dtype_C != types.arithmetic) dC = copied(dC, dtype_C);
@@ -307,6 +339,8 @@ void backward(Value* stack, bool is_grouped) {
 
 void forward(Value* stack, uint64_t, uint64_t) { forward(stack, false); }
 void backward(Value* stack, uint64_t, uint64_t) { backward(stack, false); }
+void add_update(Value* stack, uint64_t, uint64_t) { add_update(stack); }
+void update_backward(Value* stack, uint64_t, uint64_t) { backward(stack, false, false); }
 void grouped_forward(Value* stack, uint64_t, uint64_t) { forward(stack, true); }
 void grouped_backward(Value* stack, uint64_t, uint64_t) { backward(stack, true); }
 

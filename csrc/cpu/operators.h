@@ -7,6 +7,8 @@ namespace adamss::torch {
 
 void forward(Value* stack, uint64_t inputs, uint64_t outputs);
 void backward(Value* stack, uint64_t inputs, uint64_t outputs);
+void add_update(Value* stack, uint64_t inputs, uint64_t outputs);
+void update_backward(Value* stack, uint64_t inputs, uint64_t outputs);
 void grouped_forward(Value* stack, uint64_t inputs, uint64_t outputs);
 void grouped_backward(Value* stack, uint64_t inputs, uint64_t outputs);
 

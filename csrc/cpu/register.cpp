@@ -29,6 +29,8 @@ extern "C" const char* adamss_cpu_register(const char* libtorch) {
     const int32_t failed = shim.aoti_torch_library_init_impl("adamss_kernels", "CPU", __FILE__, __LINE__, &library) ||
                            shim.torch_library_impl(library, "cpu_forward", forward, ABI_VERSION) ||
                            shim.torch_library_impl(library, "cpu_backward", backward, ABI_VERSION) ||
+                           shim.torch_library_impl(library, "cpu_add_update", add_update, ABI_VERSION) ||
+                           shim.torch_library_impl(library, "cpu_update_backward", update_backward, ABI_VERSION) ||
                            shim.torch_library_impl(library, "cpu_grouped_forward", grouped_forward, ABI_VERSION) ||
                            shim.torch_library_impl(library, "cpu_grouped_backward", grouped_backward, ABI_VERSION);
     return failed ? "torch_library_impl" : nullptr;
