@@ -26,8 +26,8 @@ def add_update(
     """Return y + S C^T with S = (x A^T + a) B^T, in y's memory where no transform looks on.
 
     Differentiable in y, x, B and C, as `adamss_linear` is: dy goes through to what has computed y, which adds its own
-    gradient of x. By the kernels of `UPDATE_OPERATORS`, which the CPU alone has yet; elsewhere by two products of PyTorch,
-    (M, D) by (D, RHO) and (M, RHO) by (RHO, N). The sum rounds once.
+    gradient of x. By the kernels of `UPDATE_OPERATORS`, which the CPU alone has yet; elsewhere by two products of
+    PyTorch, (M, D) by (D, RHO) and (M, RHO) by (RHO, N). The sum rounds once.
 
     Args:
         y: (..., N), a fresh tensor that nobody else holds.

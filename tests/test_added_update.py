@@ -1,4 +1,4 @@
-"""The update alone, added in place to what another library's layer has computed: the CPU's kernels and plain PyTorch."""
+"""The update alone, added in place to what a base of another library has computed: by kernels and by plain PyTorch."""
 
 from __future__ import annotations
 
