@@ -281,6 +281,6 @@ def _is_recording(tensor: Tensor) -> bool:
         # Neither a transform of torch.func nor a dispatch mode (make_fx, fake tensors) can be asked for in public.
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch.jit.is_tracing()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
         or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
     )
