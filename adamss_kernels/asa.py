@@ -17,6 +17,7 @@ from .config import AdaMSSConfig, require_config
 from .distributed import full_tensor, unwrap
 from .importance import ImportanceBank, accumulate, build_banks, measure, sum_over_ranks
 from .model import adamss_layers
+from .pictures import draw_history
 from .row_stack import RowStack
 from .schedule import is_event, scheduled_budget, survivors
 
@@ -186,25 +187,8 @@ class SubspaceAllocator:
             ValueError: There has been no event yet.
             ImportError: matplotlib is missing (`pip install adamss-kernels[demo]`).
         """
-        if not self.history:
-            raise ValueError("plot: expected at least one event in the history, got none")
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(8, 1.5 + 0.2 * len(self._layers)), layout="constrained")
-        axes = figure.subplots()
-        counts = [self._sizes, *(counts for _, _, counts in self.history)]
-        # The state between two events is a cell, which needs both of its ends; the last one is drawn one interval wide.
-        first = min(self.config.init_warmup, self.history[0][0] - 1)
-        steps = [first, *(step for step, _, _ in self.history)]
-        edges = [*steps, steps[-1] + self.config.mask_interval]
-        layers = [index - 0.5 for index in range(len(self._layers) + 1)]
-        mesh = axes.pcolormesh(edges, layers, list(zip(*counts, strict=True)), vmin=0, vmax=max(self._sizes))
-        axes.set_yticks(range(len(self._layers)), list(self._layers), fontsize="x-small")
-        axes.invert_yaxis()
-        axes.set_xlabel("optimizer step")
-        axes.set_title(f"{sum(counts[-1])} of {sum(self._sizes)} subspaces active after step {steps[-1]}")
-        figure.colorbar(mesh, ax=axes, label="active subspaces")
-        figure.savefig(path, dpi=150)
+        sizes = dict(zip(self._layers, self._sizes, strict=True))
+        draw_history(path, self.history, sizes, self.config.init_warmup, self.config.mask_interval)
 
     def _banks(self) -> list[ImportanceBank]:
         # Not in __init__: the model may still be moved, cast or sharded.

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from .compiled.cpu_library import describe, why_not_loaded
+from .compiled import why_not_loaded
+from .compiled.cpu_library import describe, load
 
 __all__ = ["describe", "why_unavailable"]
 
@@ -21,4 +22,4 @@ def why_unavailable(device_type: str | None = None, dtype: torch.dtype | None = 
         return "it runs on the CPU only"
     if dtype is not None and dtype not in _DTYPES:
         return "it takes float32, float64 and bfloat16 only"
-    return why_not_loaded()
+    return why_not_loaded(load)

@@ -162,6 +162,7 @@ def is_transformed() -> bool:
     """Whether `torch.func`, forward mode or an export to ONNX looks on, for which the operators have no rules."""
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+    # torch has no public question for either.
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 

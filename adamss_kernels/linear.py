@@ -278,8 +278,9 @@ def _is_recording(tensor: Tensor) -> bool:
     """Whether what is computed now is recorded, transformed, or only pretended: then no value may decide."""
     return (
         torch.compiler.is_compiling()
+        # Neither a transform of torch.func nor a dispatch mode (make_fx, fake tensors) can be asked for in public.
         or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
         or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
     )

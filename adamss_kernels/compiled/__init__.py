@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -15,3 +16,12 @@ def build_state(name: str, otherwise: str) -> str:
     """Return what CMake recorded in the file `name` when the package was installed, or `otherwise`."""
     path = find(name)
     return path.read_text().strip() if path else otherwise
+
+
+def why_not_loaded(load: Callable[[], object]) -> str | None:
+    """Return why `load` cannot load its library, or None."""
+    try:
+        load()
+    except OSError as error:
+        return str(error)
+    return None

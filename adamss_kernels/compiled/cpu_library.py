@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import build_state, find
+from . import build_state, find, why_not_loaded
 
 _SUFFIX = "dylib" if sys.platform == "darwin" else "so"
 _NAME = f"libadamss_cpu.{_SUFFIX}"
@@ -62,19 +62,9 @@ def load() -> Library:
     return Library(isas, use_isa, lambda: library.adamss_cpu_isa().decode())
 
 
-@functools.cache
-def why_not_loaded() -> str | None:
-    """Return why the library cannot be loaded, or None."""
-    try:
-        load()
-    except OSError as error:
-        return str(error)
-    return None
-
-
 def describe() -> dict[str, str]:
     """Return what `adamss-kernels info` shows of the library."""
-    reason = why_not_loaded()
+    reason = why_not_loaded(load)
     if reason is not None:
         return {"state": reason}
     library = load()

@@ -182,15 +182,6 @@ def load() -> Library:
     return open_library(path)
 
 
-def why_not_loaded() -> str | None:
-    """Return why the library cannot be loaded, or None."""
-    try:
-        load()
-    except OSError as error:
-        return str(error)
-    return None
-
-
 def describe() -> dict[str, str]:
     """Return what `adamss-kernels info` shows of the library, which need not be loaded for that."""
     path = _find()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..compiled import why_not_loaded
 from ..compiled.cuda_library import (
     DeltaBwdArgs,
     DeltaFwdArgs,
@@ -21,7 +22,6 @@ from ..compiled.cuda_library import (
     MaskRowsArgs,
     describe,
     load,
-    why_not_loaded,
 )
 from ..subspaces import Subspaces, accumulation_dtype
 from . import hopper
@@ -41,7 +41,7 @@ def why_unavailable(device_type: str | None = None, dtype: torch.dtype | None = 
         return "it takes float32, float64, bfloat16 and float16 only"
     if not torch.cuda.is_available():
         return "no CUDA device"
-    return why_not_loaded() or _launch_error()
+    return why_not_loaded(load) or _launch_error()
 
 
 def is_fused(dtype: torch.dtype) -> bool:

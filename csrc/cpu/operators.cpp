@@ -267,7 +267,8 @@ void add_update(Value* stack) {
 void backward(Value* stack, bool is_grouped, bool has_base = true) {
     Inputs in(stack);
     Tensor dy = in.tensor(), x = in.optional(), S = in.optional(), P = in.optional(),
-           weight = has_base ? in.tensor() : Tensor(), B = in.tensor(), C = in.tensor(), basis = in.optional(), basis_bias = in.optional();
+           weight = has_base ? in.tensor() : Tensor(), B = in.tensor(), C = in.tensor(), basis = in.optional(),
+           basis_bias = in.optional();
     const Tensor row_subspace = in.tensor(), offsets = in.tensor();
     Tensor active = in.optional(), trainable = in.optional();
     const Groups groups = is_grouped ? Groups(in) : Groups();
