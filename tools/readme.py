@@ -282,7 +282,7 @@ TABLES: dict[str, tuple[str, str, Callable[[Rows], list[str]]]] = {
 
 def _measured(suite: str) -> list[Path]:
     """Return the result files of a suite, one for each processor that has been measured, or the file itself."""
-    return [RESULTS / suite] if suite.endswith(".jsonl") else sorted(RESULTS.glob(f"*-{suite}.jsonl"), reverse=True)
+    return [RESULTS / suite] if suite.endswith(".jsonl") else sorted(RESULTS.glob(f"*-{suite}.jsonl"))
 
 
 def _of(rows: Rows, suite: str) -> Rows:

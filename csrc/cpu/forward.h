@@ -174,7 +174,7 @@ class Update {
                 write_S(columns_, S.data() + i * stride_sm_, rho_full,
                         static_cast<T*>(args_.S) + tokens[m + i] * rho_full);
             X* y[DOT_M];
-            for (int64_t i = 0; i < DOT_M; ++i) y[i] = all_y + tokens[m + smaller(i, count - 1)] * N;
+            for (int64_t i = 0; i < count; ++i) y[i] = all_y + tokens[m + i] * N;
             if (is_sorted_) {
                 update_sorted<T, X>(N, S.data(), stride_sm_, sorted_, bias, sorted_y.data(), y, count);
                 continue;

@@ -103,7 +103,7 @@ int32_t adamss_cpu_backward(const adamss_backward_args*);
 int32_t adamss_cpu_grouped_forward(const adamss_forward_args*, const adamss_groups*);
 int32_t adamss_cpu_grouped_backward(const adamss_backward_args*, const adamss_groups*);
 
-// Gives torch's operators of backend `cpu` (`ops.py`) their kernels. `libtorch` is the
-// path of the loaded library. Returns null, or the name of what that torch lacks.
+// Gives torch's operators of backend `cpu` (`ops.py`) their kernels. `libtorch` is the path of the loaded library.
+// Returns null, or the name of what that torch lacks.
 const char* adamss_cpu_register(const char* libtorch);
 }
