@@ -106,10 +106,15 @@ def make_layer(D: int = 24, N: int = 20, bias: bool = True, seed: int = 0, **con
     return randomise(FusedAdaMSSLinear.from_linear(nn.Linear(D, N, bias=bias), AdaMSSConfig(**options)))
 
 
+# In the order of the seconds that they take; what is missing here takes less.
+LONGEST = ("triton_compile", "cpu", "bench_gpu", "examples", "bench", "cuda_compile", "distributed_docs", "travel")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start with the files that take longest, so that no process is left with one of them at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (places.get(item.path.stem, len(LONGEST)), item.path not in slow))
 
 
 @pytest.fixture(autouse=True)

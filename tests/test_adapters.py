@@ -60,8 +60,8 @@ def naive_weight(layer: AdapterLinear, p: dict[str, Tensor]) -> Tensor:
         return W + product[:N, :D]
     if layer.method == "kradapter":
         r = p["u"].shape[1]
-        rows = [torch.stack([p["v"][i, c // r] * p["u"][i, c % r] for c in range(max(N, D))]) for i in range(min(N, D))]
-        update = torch.stack(rows)
+        c = torch.arange(max(N, D))
+        update = p["v"][:, c // r] * p["u"][:, c % r]
         return W + o["scaling"] * (update if N <= D else update.T)
     # The Spectral Adapters put W together again from all its singular columns.
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 from travel import SHAPES, run
 
@@ -10,12 +12,22 @@ pytestmark = pytest.mark.slow
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """The folder of what so many threads have written, once for each number."""
+    return functools.cache(lambda threads: write(tmp_path_factory.mktemp(f"under-{threads}"), threads))
+
+
+def write(folder, threads):
+    run("write", folder, threads)
+    return folder
+
+
 @pytest.mark.parametrize(
     ("writer", "reader", "environment"), [(2, 1, {}), (1, 2, {}), (1, 1, AVX2)], ids=["2 to 1", "1 to 2", "to AVX2"]
 )
-def test_an_adapter_loads_silently_with_its_update_whatever_computed_its_basis(tmp_path, writer, reader, environment):
-    run("write", tmp_path, writer)
-    rows = run("read", tmp_path, reader, **environment)
+def test_an_adapter_loads_silently_with_its_update_whatever_computed_its_basis(written, writer, reader, environment):
+    rows = run("read", written(writer), reader, **environment)
     assert {(row["format"], row["layer"]) for row in rows} == {
         (format_, layer) for format_ in ("full", "compact", "peft") for layer in SHAPES
     }
