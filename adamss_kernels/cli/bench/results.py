@@ -98,8 +98,14 @@ def gpu_state() -> str | None:
 
 
 def machine(device: torch.device) -> str:
-    """Return the word that result files of this device begin with, so that no processor's replace another's."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model().split(" x ", 1)[-1]
+    """Return the word that result files of this device begin with, so that no processor's replace another's.
+
+    A CPU's name is no model: instruction sets tell those of one maker apart, as far as the kernels are concerned.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{_cpu_model().split(' x ', 1)[-1]} {cpu_library.describe().get('ISA', 'reference').split()[0]}"
     return re.sub(r"[^A-Za-z0-9]+", "-", re.sub(r"\(\w+\)", "", name)).strip("-") or device.type
 
 
