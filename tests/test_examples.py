@@ -123,10 +123,10 @@ def test_a_run_killed_at_a_random_moment_and_started_again_ends_as_an_unbroken_o
     assert adapter_again == adapter, f"killed after {moment} s"
 
 
-@pytest.mark.parametrize("script", ["glue", "image_classification"])
-def test_a_run_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_before(script, tasks, unbroken, tmp_path):
+def test_a_run_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_before(tasks, unbroken, tmp_path):
     import training
 
+    script = "image_classification"  # what saves is the same for both
     report, adapter, *_ = unbroken[script]
     process = start(script, tasks[script], tmp_path, dies_at_checkpoint=8)
     process.join()
