@@ -68,7 +68,9 @@ def _build(names: Sequence[str] | None, case: dict[str, Any], device: torch.devi
     """Build the named providers around one frozen quantised layer."""
     torch.manual_seed(0)
     base = _quantised(case, device)
-    W, bias = (t.double() for t in dense(base, require_base("base", base)))
+    weight, of_base = dense(base, require_base("base", base))
+    assert of_base is not None
+    W, bias = weight.double(), of_base.double()
     built = {BASE: _provider(base, (W, bias), (torch.zeros_like(W), torch.zeros_like(bias)), None)}
     known = {"ours": _ours, "peft-lora": _lora}
     for name in names or [name for name in known if name == "ours" or importlib.util.find_spec("peft")]:
@@ -97,10 +99,11 @@ def _quantised(case: dict[str, Any], device: torch.device) -> nn.Module:
     }
     if case["base"] not in layers:
         raise ValueError(f"base: expected one of {sorted(layers)}, got {case['base']!r}")
-    base: nn.Module = layers[case["base"]]()
+    base: Any = layers[case["base"]]()
     nn.init.normal_(base.weight.data, std=case["D"] ** -0.5)
     # Quantised when it comes to its device.
-    return base.to(dtype).to(device).requires_grad_(False)
+    quantised: nn.Module = base.to(dtype).to(device).requires_grad_(False)
+    return quantised
 
 
 def _ours(base: nn.Module, case: dict[str, Any]) -> tuple[nn.Module, Tensor, Tensor]:
