@@ -440,7 +440,7 @@ def test_gpt2_is_adapted_trained_saved_and_merged(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", ["conv1d", "nf4", "ao-int8"])
+@pytest.mark.parametrize("which", BASES)
 def test_a_compiled_model_computes_and_learns_the_same(which):
     layer = randomise(adapted(which).block["up"])
     x = torch.randn(5, D, requires_grad=True)
