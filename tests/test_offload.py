@@ -12,12 +12,14 @@ from adamss_kernels import (
     AdaMSSConfig,
     AdapterBank,
     export_lora,
+    export_peft,
     inject_adamss,
     load_adapter,
     merge_and_unload,
     save_adapter,
 )
 from adamss_kernels.adapters import METHODS, inject_adapter
+from adamss_kernels.formats import import_peft
 from adamss_kernels.model import adapted_layers
 
 accelerate = pytest.importorskip("accelerate")
@@ -50,6 +52,11 @@ def offloaded(request, tmp_path):
         return accelerate.dispatch_model(base(), devices, main_device="cpu", offload_dir=folder, force_hooks=True)
 
     return make
+
+
+def without_conv1d(model: nn.Module) -> nn.Module:
+    """Only what PEFT's format takes."""
+    return nn.ModuleDict({"up": model.up})
 
 
 def are_away(model: nn.Module) -> bool:
@@ -87,6 +94,10 @@ def test_what_is_trained_is_saved_and_loaded_onto_them(offloaded, tmp_path):
     expected = model(x)
     save_adapter(model, tmp_path / "adapter")
     export_lora(model, tmp_path / "lora")
+    export_peft(without_conv1d(model), tmp_path / "peft", progress=False)
+    imported = import_peft(offloaded(), tmp_path / "peft", progress=False)
+    torch.testing.assert_close(imported.up(x), model.up(x))
+    assert imported.up.weight.is_meta
     for other in (offloaded(), base()):
         # Once more onto one that is adapted already.
         for _ in range(2):

@@ -19,6 +19,7 @@ from ..distributed import full_tensor, unwrap
 from ..layout import SubspaceLayout
 from ..linear import FusedAdaMSSLinear
 from ..model import replace_modules
+from ..offload import weights_present
 from ..over_base import AdaMSSOverBase
 from ..targets import modules_named
 from .files import (
@@ -222,7 +223,8 @@ def _imported_layer(model: nn.Module, name: str, config: AdaMSSConfig, checkpoin
     ranks = _stored_ranks(prefix, checkpoint.tensors)
     # The rows do not depend on the ranks, which come from the file.
     rebuilding = dataclasses.replace(config, subspace_rank=1, use_dynamic_rank=False)
-    rebuilt = decompose(linear.weight, linear.bias, rebuilding, name=name)
+    with weights_present(linear):
+        rebuilt = decompose(linear.weight, linear.bias, rebuilding, name=name)
     found = augmented(rebuilt.basis, rebuilt.basis_bias)
     basis = checkpoint.take(f"{prefix}newB", tuple(found.shape)).to(found)
     # A singular vector's sign depends on threads and instruction set.
@@ -238,7 +240,7 @@ def _imported_layer(model: nn.Module, name: str, config: AdaMSSConfig, checkpoin
     R = basis.shape[0]
     B = [checkpoint.take(f"{prefix}A.{k}", (r_k, R)) for k, r_k in enumerate(ranks)]
     C = [checkpoint.take(f"{prefix}B.{k}", (len(layout.rows(k)), r_k)) for k, r_k in enumerate(ranks)]
-    packed = (t.to(linear.weight.device, rebuilt.B.dtype) for t in layout.pack(B, C))
+    packed = (t.to(rebuilt.B) for t in layout.pack(B, C))
     D = linear.in_features
     basis_bias = None if linear.bias is None else basis[:, D].contiguous()
     decomposition = Decomposition(basis[:, :D].contiguous(), basis_bias, layout, *packed)
