@@ -41,7 +41,7 @@ docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(STAMP)
 	$(BIN)/mkdocs build
 
-# Under five minutes on two cores; `make bench BENCH=--full` for the long one. Then: python tools/readme.py
+# Under seven minutes on two cores; `make bench BENCH=--full` for the long one. Then: python tools/readme.py
 bench: $(STAMP)
 	$(BIN)/adamss-kernels bench --out bench/results $(BENCH)
 

@@ -24,6 +24,7 @@ from .decompose import augmented
 from .linear import FusedAdaMSSLinear
 from .mixed_batch import MixedBatch, under_way
 from .model import adapted_layers, swap
+from .offload import is_offloaded
 from .over_base import adapt
 from .sketch import sketch_linear
 from .targets import modules_named, target_linears
@@ -269,6 +270,12 @@ class AdapterBank:
                     other = min(heads.keys() ^ self._heads.keys())
                     raise ValueError(f"adapter {name!r}: module {other!r} is saved whole by some of the adapters only")
             else:
+                for module in layers:
+                    if is_offloaded(self.model.get_submodule(module)):
+                        raise ValueError(
+                            f"{module}: accelerate takes its weight away after each call (offload); an AdapterBank is "
+                            "for layers whose weights stay"
+                        )
                 # One layer for all the names that a shared module has.
                 shared = {layer.weight: bank_layer(layer, self._number) for layer in layers.values()}
                 self._layers = {module: shared[layer.weight] for module, layer in layers.items()}

@@ -220,9 +220,8 @@ class BankOverBase(BankLinear):
             masks = (self.active[slot], self.trainable[slot])
             subspaces = Subspaces(self.basis, self.basis_bias, self.row_subspace, self.offsets, *masks)
             # Copies, which take the update in place.
-            part = add_update(
-                of_base[tokens], flat[tokens], *self._leaves[slot], subspaces, self.config.save_for_backward
-            )
+            options = (self.config.save_for_backward, self.config.backend)
+            part = add_update(of_base[tokens], flat[tokens], *self._leaves[slot], subspaces, *options)
             of_base = of_base.index_copy(0, tokens, part)
         return of_base.reshape(y.shape)
 

@@ -30,6 +30,7 @@ from .frozen_linear import LAYERS_BY_METHOD, FrozenLinear
 from .layout import SubspaceLayout
 from .linear import FusedAdaMSSLinear
 from .model import adapted_layers, replace_modules, saved_modules
+from .offload import is_offloaded, take_weights, weights_present
 from .over_base import AdaMSSOverBase
 from .sharded import fill, fill_layers
 from .sketch import SKETCH_SHAPE, relative_difference, sketch, sketch_linear
@@ -203,7 +204,11 @@ def build_layers(
     header = checkpoint.header
     layers: dict[str, FrozenLinear] = {}
     for name in header["layers"]:  # no comprehension, which would be a level more between a warning and its cause
-        layers[name] = _load_layer(find(name), name, checkpoint, strict, shapes_only, known.get(name))
+        module = find(name)
+        with weights_present(module):
+            layers[name] = _load_layer(module, name, checkpoint, strict, shapes_only, known.get(name))
+        if is_offloaded(module):
+            take_weights(layers[name], module)
     saved = {name: _loaded_module(find(name), name, checkpoint) for name in header["modules_to_save"]}
     unused = checkpoint.tensors.keys() - checkpoint.used
     if unused:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .offload import is_offloaded, weights_present
+
 BASE_KEYS = ("weight", "bias", "original_weight", "original_bias")
 """Names in the state dict of a layer that are not the update's; the last two are there while the layer is merged."""
 
@@ -114,10 +116,16 @@ class FrozenLinear(nn.Module):
 
         Raises:
             ValueError: The merged weight would not be finite; nothing is changed.
-            TypeError: The weight or bias is no parameter but computed from others, by pruning or a parametrisation.
+            TypeError: The weight or bias is no parameter but computed from others, by pruning or a parametrisation; or
+                accelerate offloads it.
         """
         if self.merged:
             return
+        if is_offloaded(self):
+            raise TypeError(
+                "merge: accelerate keeps the weight off its device, and would bring the original again; save the "
+                "adapter and load it onto a model that is not offloaded"
+            )
         own: dict[str, Any] = self._parameters
         for name in ("weight", "bias"):
             if name not in own:
@@ -185,8 +193,9 @@ class FrozenLinear(nn.Module):
 
     def base_parameters(self) -> tuple[Tensor, Tensor | None]:
         """Return W and bias without the update, merged or not (then where `merge` keeps them)."""
-        weight, bias = self._original or (self.weight, self.bias)
-        return weight.detach(), None if bias is None else bias.detach()
+        with weights_present(self):
+            weight, bias = self._original or (self.weight, self.bias)
+            return weight.detach(), None if bias is None else bias.detach()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self._save_base(destination, prefix, keep_vars)

@@ -7,6 +7,7 @@ from torch import nn
 
 from .frozen_linear import FrozenLinear
 from .model import adapted_layers, do_nothing, swap
+from .offload import is_offloaded
 
 
 def merge_and_unload(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -27,12 +28,18 @@ def merge_and_unload(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
         `model` itself, which needs `adamss_kernels` no longer.
 
     Raises:
-        ValueError: `model` has no adapted layer or is one, or a merged weight is not finite; the message names it.
+        ValueError: `model` has no adapted layer or is one, a merged weight is not finite, or accelerate offloads it;
+            the message names it.
     """
     if isinstance(model, FrozenLinear):
         raise ValueError(f"model: is itself a {type(model).__name__}, which cannot be replaced in place; use to_linear")
     linears: dict[nn.Module, nn.Module] = {}
     for name, layer in adapted_layers(model).items():
+        if is_offloaded(layer):
+            raise ValueError(
+                f"{name}: accelerate keeps its weight off its device; save the adapter, and merge it into a model that "
+                "is not offloaded"
+            )
         try:
             linears[layer] = layer.unloaded(dtype)
         except ValueError as error:

@@ -14,6 +14,7 @@ from .config import AdaMSSConfig, require_config
 from .decompose import Decomposition
 from .frozen_linear import FrozenLinear
 from .linear import FusedAdaMSSLinear
+from .offload import is_offloaded, take_weights, weights_present
 from .over_base import adapt
 from .targets import modules_named, target_linears
 
@@ -28,7 +29,8 @@ def inject_adamss(
 
     Those are plain `nn.Linear`s and, as bases that go on computing their own product (`AdaMSSOverBase`), Conv1D of
     transformers and layers that bitsandbytes (NF4, FP4, int8) or torchao (int8, float8) has quantised. Of these it is
-    the dequantised weight that is decomposed, one layer at a time, and nothing of it is kept.
+    the dequantised weight that is decomposed, one layer at a time, and nothing of it is kept. Likewise weights that
+    accelerate offloads are brought for their decomposition and for each call; B and C stay where they compute.
 
     Trainable afterwards: B and C of every adapted layer, and all parameters under `config.modules_to_save`. What an
     earlier call has adapted is left as it is and trains too. A module that is registered under several names is
@@ -47,8 +49,8 @@ def inject_adamss(
 
     Raises:
         ValueError: A pattern matches nothing, or `model` is itself the linear layer, has adapters of PEFT, or is
-            wrapped in DDP; or a target's weight is not there, because accelerate offloads it: the message names the
-            first.
+            wrapped in DDP; or a target's weight is not there, or what `modules_to_save` names is offloaded by
+            accelerate: the message names the first.
         TypeError: A target is none of these (but a subclass, parametrised, sharded, quantised otherwise), so that its
             forward cannot be replaced safely. The message names it and says why.
         RuntimeError: Another rank of `group` has failed.
@@ -109,7 +111,9 @@ def replace_targets(
             )
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError("model: is wrapped in DDP, which would not see new parameters; adapt it before wrapping it")
-    modules_named(model, selection.modules_to_save or ())
+    for name, module in modules_named(model, selection.modules_to_save or ()).items():
+        if any(map(is_offloaded, module.modules())):
+            raise ValueError(f"modules_to_save: {name!r} is to train, but accelerate takes its weights away (offload)")
     targets = target_linears(model, selection)
 
     if prepare is not None:
@@ -120,7 +124,9 @@ def replace_targets(
         for name, linear in bar:
             bar.set_postfix_str(name)
             if linear not in layers:
-                layers[linear] = build(linear, name).train(linear.training)
+                with weights_present(linear):
+                    layers[linear] = build(linear, name).train(linear.training)
+                take_weights(layers[linear], linear)
     replace_modules(model, {name: layers[linear] for name, linear in targets.items()})
 
 

@@ -17,6 +17,7 @@ from .bases import Kind, dense, require_base
 from .config import AdaMSSConfig
 from .decompose import Decomposition, decompose
 from .linear import FusedAdaMSSLinear
+from .offload import weights_present
 from .ops import UPDATE_OPERATORS
 from .subspaces import Subspaces
 
@@ -92,7 +93,8 @@ class AdaMSSOverBase(FusedAdaMSSLinear):
 
     def base_parameters(self) -> tuple[Tensor, Tensor | None]:
         """Return W (N, D), dequantised where it is quantised, and bias, without the update."""
-        return dense(self.bare_base(), self.kind)
+        with weights_present(self):
+            return dense(self.bare_base(), self.kind)
 
     def merge(self, *, keep_original_on: str | torch.device = "cpu") -> None:
         """Fold the update into the base's weight, as `FrozenLinear.merge` does.

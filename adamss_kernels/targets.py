@@ -11,6 +11,7 @@ from torch import nn
 from .bases import is_base, require_base
 from .config import AdaMSSConfig
 from .frozen_linear import FrozenLinear
+from .offload import is_offloaded
 
 
 def modules_named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
@@ -132,22 +133,16 @@ def _said_of(experts: list[str]) -> str:
 
 def _require_weights(model: nn.Module, targets: dict[str, nn.Module]) -> None:
     """Raise where a target's weight is on the meta device though the model has weights: nothing could be decomposed."""
-    if all(parameter.is_meta for parameter in model.parameters()) and not any(map(_is_offloaded, targets.values())):
+    if all(parameter.is_meta for parameter in model.parameters()) and not any(map(is_offloaded, targets.values())):
         return
     for name, module in targets.items():
-        if any(parameter is not None and parameter.is_meta for parameter in module._parameters.values()):
-            where = "accelerate keeps it off its device (offload)" if _is_offloaded(module) else "it was never loaded"
+        on_meta = any(parameter is not None and parameter.is_meta for parameter in module._parameters.values())
+        if on_meta and not is_offloaded(module):
             raise ValueError(
-                f"{name}: the base weight is on the meta device: {where}. Adapt the model before it is dispatched "
-                "(accelerate.dispatch_model), or load it with a device_map and max_memory that put every adapted layer "
-                "on a device"
+                f"{name}: the base weight is on the meta device: it was never loaded, or a module around it brings it. "
+                "Adapt the model before it is dispatched (accelerate.dispatch_model), or load it with a device_map and "
+                "max_memory that put every adapted layer on a device"
             )
-
-
-def _is_offloaded(module: nn.Module) -> bool:
-    """Whether a hook of accelerate brings this module's weights when it is called, and takes them away again."""
-    hook = getattr(module, "_hf_hook", None)
-    return any(getattr(h, "offload", False) for h in (hook, *getattr(hook, "hooks", ())))
 
 
 def _matches(name: str, config: AdaMSSConfig) -> bool:

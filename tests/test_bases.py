@@ -6,12 +6,14 @@ import copy
 import itertools
 import logging
 import pickle
+import weakref
 
 import pytest
 import torch
 from accuracy import naive, relative_error
 from conftest import Problem, randomise
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adamss_kernels import (
     AdaMSSConfig,
@@ -19,6 +21,8 @@ from adamss_kernels import (
     BaseWeightWarning,
     FusedAdaMSSLinear,
     SubspaceAllocator,
+    added_update,
+    apply_adamss_kernels,
     export_lora,
     export_peft,
     inject_adamss,
@@ -26,7 +30,9 @@ from adamss_kernels import (
     merge_and_unload,
     save_adapter,
 )
+from adamss_kernels.adapters import METHODS, inject_adapter
 from adamss_kernels.bases import dense, require_base
+from adamss_kernels.formats import import_peft
 from adamss_kernels.model import adamss_layers
 from adamss_kernels.over_base import AdaMSSOverBase
 
@@ -79,6 +85,31 @@ class Model(nn.Module):
 
     def forward(self, x):
         return self.head(torch.tanh(self.block["up"](x)))
+
+
+class LiveBytes(TorchDispatchMode):
+    """The bytes of what operators have made that is still alive, and the most that there were."""
+
+    def __enter__(self):
+        self.now = self.peak = 0
+        self._known = set()
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if type(tensor) in (torch.Tensor, nn.Parameter):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._known:
+                    self._known.add(storage._cdata)
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _freed(self, which, size):
+        self._known.discard(which)
+        self.now -= size
 
 
 def config(**options) -> AdaMSSConfig:
@@ -409,7 +440,7 @@ def test_gpt2_is_adapted_trained_saved_and_merged(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", ["conv1d", "nf4", "ao-int8"])
+@pytest.mark.parametrize("which", BASES)
 def test_a_compiled_model_computes_and_learns_the_same(which):
     layer = randomise(adapted(which).block["up"])
     x = torch.randn(5, D, requires_grad=True)
@@ -477,3 +508,103 @@ def test_pefts_format_refuses_bases_of_other_libraries_by_name(which, tmp_path):
     with pytest.raises(ValueError, match=r"block\.up: adapts a .*; use export_lora"):
         export_peft(model, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("which", ["nf4", "bnb-int8", "ao-int8"])
+def test_initialisation_holds_one_dequantised_weight_at_a_time(which):
+    """What is alive at the worst moment: what finished layers keep, and what one of them needs meanwhile."""
+    kept, peak = {}, {}
+    for count in (1, 4):
+        model = nn.Sequential(*(make_base(which, bias=False) for _ in range(count)))
+        with LiveBytes() as alive:
+            inject_adamss(model, config(target_modules=None), progress=False)
+        kept[count], peak[count] = alive.now, alive.peak
+    of_three = kept[4] - kept[1]
+    assert of_three / 3 < D * N * 4 < peak[1]
+    assert peak[4] <= of_three + peak[1]
+
+
+@pytest.mark.parametrize("which", BASES)
+def test_stock_peft_makes_no_adamss_layer_over_such_bases(which):
+    """So there is none that `apply_adamss_kernels` could meet."""
+    peft = pytest.importorskip("peft")
+    with pytest.raises((TypeError, RuntimeError, NotImplementedError, AttributeError)):
+        peft.get_peft_model(Model(which), peft.AdamssConfig(r=8, num_subspaces=3, target_modules=["up"]))
+
+
+def test_a_peft_layer_whose_base_is_quantised_later_goes_on_as_peft_computes_it():
+    peft = pytest.importorskip("peft")
+    quantization = pytest.importorskip("torchao.quantization")
+    model = peft.get_peft_model(
+        Model("linear"), peft.AdamssConfig(r=8, num_subspaces=3, init_weights=None, target_modules=["up"])
+    )
+    layer = model.base_model.model.block["up"]
+    quantization.quantize_(
+        layer, quantization.Int8WeightOnlyConfig(set_inductor_config=False), lambda _, name: name == "base_layer"
+    )
+    x = torch.randn(5, D)
+    expected = layer(x)
+    apply_adamss_kernels(model)
+    assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("which", ["conv1d", "nf4", "bnb-int8", "ao-int8"])
+def test_an_adapter_of_peft_comes_onto_a_base_by_way_of_the_plain_one(which, tmp_path):
+    of_peft = AdaMSSConfig(r=8, num_subspaces=3, target_modules=["up"])
+    trained = inject_adamss(Model("linear"), of_peft, progress=False)
+    delta = randomise(trained.block["up"]).delta_weight()
+    export_peft(trained, tmp_path / "peft", progress=False)
+    quantised = Model(which)
+    before = quantised.block["up"]
+    with pytest.raises(TypeError, match=r"block\.up: is a .*; the rows.*save_adapter, and load_adapter"):
+        import_peft(quantised, tmp_path / "peft", progress=False)
+    assert quantised.block["up"] is before
+    save_adapter(import_peft(Model("linear"), tmp_path / "peft", progress=False), tmp_path / "ours")
+    if which == "conv1d":
+        load_adapter(quantised, tmp_path / "ours")
+    else:
+        with pytest.warns(BaseWeightWarning):
+            load_adapter(quantised, tmp_path / "ours", strict=False)
+    layer, x = quantised.block["up"], torch.randn(5, D)
+    torch.testing.assert_close(layer.delta_weight(), delta)
+    torch.testing.assert_close(layer(x), before(x) + x @ delta.T + layer.delta_bias())
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False", "ignore:TorchaoLoraLinear was instantiated")
+@pytest.mark.parametrize("which", BASES)
+def test_stock_peft_serves_an_exported_lora_over_the_base(which, tmp_path):
+    peft = pytest.importorskip("peft")
+    # Over torchao's layers PEFT's LoRA takes no update of the bias.
+    model = adapted(which, bias=not which.startswith("ao-"))
+    randomise(model.block["up"])
+    export_lora(model, tmp_path)
+    fresh = Model(which, bias=not which.startswith("ao-"))
+    fresh.head.load_state_dict(model.head.state_dict())
+    x = torch.randn(5, D)
+    # In eval mode bitsandbytes would round a 4-bit weight of its own once more.
+    served = peft.PeftModel.from_pretrained(fresh, tmp_path).train()
+    torch.testing.assert_close(served(x), model.train()(x))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_related_methods_refuse_such_bases_by_the_names_of_layer_and_method(method, tmp_path):
+    model = Model("conv1d")
+    before = model.block["up"]
+    with pytest.raises(TypeError, match=rf"^block\.up: {method} takes a plain nn\.Linear, got a transformers Conv1D"):
+        inject_adapter(model, method, ["up"], progress=False)
+    assert model.block["up"] is before
+    save_adapter(inject_adapter(Model("linear"), method, ["up"], progress=False), tmp_path)
+    with pytest.raises(ValueError, match=rf"^block\.up: {method} takes a plain nn\.Linear, got a transformers Conv1D"):
+        load_adapter(model, tmp_path)
+    assert model.block["up"] is before
+
+
+def test_a_bank_over_a_base_runs_the_backend_of_its_config(monkeypatch):
+    model = Model("conv1d")
+    bank = AdapterBank(model)
+    bank.add("ann", config(backend="reference"))
+    chosen = []
+    monkeypatch.setattr(added_update, "choose_backend", lambda name, *_: chosen.append(name) or name)
+    with bank.select(["ann"]):
+        model(torch.randn(1, D))
+    assert chosen == ["reference"]

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from adamss_kernels import ops, reference
+from adamss_kernels import ops, over_base, reference
 from adamss_kernels.cli import main
-from adamss_kernels.cli.bench import bound, layer, measure, methods, providers, results, scaling
+from adamss_kernels.cli.bench import bases, bound, layer, measure, methods, providers, results, scaling
 from adamss_kernels.cli.bench.bound import Bound
 from adamss_kernels.cli.bench.compare import changes
 from adamss_kernels.cli.bench.measure import Contender, Rotation, Settings, interleaved, pinned, relocate, summary
@@ -55,6 +55,7 @@ SMOKE = {
     "init": ("layers=2,D=32,K=3,R=8", None),
     "asa": ("layers=2,D=32,K=3,R=8", None),
     "mixed": ("rows=4,tokens=3,adapters=3,D=32,K=3,R=8", None),
+    "bases": (f"base=int8,{TINY}", None),
     "memory": (TINY, ["linear"]),
     "scaling": (f"of=layer,sweep=M,{TINY}", ["reference"]),
 }
@@ -63,6 +64,8 @@ SMOKE = {
 @pytest.mark.parametrize("suite", SMOKE)
 def test_a_suite_runs_and_writes_what_it_measured(suite, tmp_path, capsys):
     pytest.importorskip("peft")
+    if suite == "bases":
+        pytest.importorskip("bitsandbytes")
     shape, providers = SMOKE[suite]
     chosen = ["--providers", *providers] if providers else []
     bench(suite, "--shapes", shape, "--seconds", "0", "--threads", "1", *chosen, out=tmp_path)
@@ -86,6 +89,16 @@ def test_a_suite_runs_and_writes_what_it_measured(suite, tmp_path, capsys):
     out = capsys.readouterr().out
     assert all(row["provider"] in out for row in rows)
     assert rows[0].get("ratio", {"median": 1})["median"] == 1
+
+
+@pytest.mark.parametrize("base", ["nf4", "int8"])
+def test_an_adapted_base_that_computes_something_else_is_not_timed(base, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    add_update = over_base.add_update
+    monkeypatch.setattr(over_base, "add_update", lambda *operands: 1.1 * add_update(*operands))
+    case = bases.complete({"base": base, "D": 32, "M": 5, "K": 3, "R": 8})
+    with pytest.raises(RuntimeError, match="ours: y and dx are off by"):
+        next(bases.measure(case, ["ours"], Settings(CPU, 0.0)))
 
 
 def test_the_figures_of_a_layer_follow_from_its_shape_and_times(tmp_path):

@@ -112,20 +112,6 @@ def test_three_dimensional_parameters_of_other_modules_are_nobodys_business(recw
     assert not recwarn.list
 
 
-def test_a_model_whose_weights_accelerate_offloads_is_refused_with_the_first_layer():
-    accelerate = pytest.importorskip("accelerate")
-    model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12))
-    accelerate.cpu_offload(model, execution_device="cpu")
-    x = torch.randn(2, 12)
-    expected, before = model(x), dict(model.named_modules())
-    with pytest.raises(
-        ValueError, match=r"^0: the base weight is on the meta device: accelerate keeps it off .*device_map"
-    ):
-        inject_adamss(model, config(target_modules=None), progress=False)
-    assert dict(model.named_modules()) == before
-    assert torch.equal(model(x), expected)
-
-
 def test_a_weight_that_alone_was_never_loaded_is_refused():
     model = model_with(nn.Linear(12, 12, device="meta"))
     with pytest.raises(ValueError, match=r"^block.query: the base weight is on the meta device: it was never loaded"):

@@ -1,8 +1,9 @@
-"""`FusedAdaMSSLinear` goes through what `nn.Linear` does: the transforms of `torch.func` and higher derivatives."""
+"""An adapted layer goes through what `nn.Linear` does: the transforms of `torch.func` and higher derivatives."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
+from adamss_kernels import AdaMSSConfig, FusedAdaMSSLinear
 from adamss_kernels.layout import block_diagonal, column_mask
+from adamss_kernels.over_base import adapt
 
 MASKS = {
     "unmasked": (None, None),
@@ -20,12 +23,21 @@ MASKS = {
 }
 
 
-@pytest.fixture(params=MASKS)
+def make_layer_over_conv1d() -> FusedAdaMSSLinear:
+    """A layer over a base that goes on computing its own product."""
+    torch.manual_seed(0)
+    base = pytest.importorskip("transformers").pytorch_utils.Conv1D(5, 6)
+    nn.init.normal_(base.bias)
+    return adapt("layer", base, AdaMSSConfig(r=4, num_subspaces=3, subspace_rank=2))
+
+
+@pytest.fixture(params=itertools.product(("linear", "conv1d"), MASKS), ids="-".join)
 def layer(request):
-    layer = make_layer(D=6, N=5, r=4).double()
+    kind, masks = request.param
+    layer = (make_layer_over_conv1d() if kind == "conv1d" else make_layer(D=6, N=5, r=4)).double()
     nn.init.normal_(layer.B)
     nn.init.normal_(layer.C)
-    layer.set_masks(*MASKS[request.param])
+    layer.set_masks(*MASKS[masks])
     return layer
 
 
@@ -43,7 +55,8 @@ def plain(layer, x: Tensor, B: Tensor | None = None, C: Tensor | None = None) ->
     for i, k in enumerate(layer.row_subspace.tolist()):
         first, last = layer.offsets[k], layer.offsets[k + 1]
         rows.append((S[..., first:last] * C[i, : last - first]).sum(-1))
-    return x @ layer.weight.T + layer.bias + torch.stack(rows, dim=-1)
+    weight, bias = layer.base_parameters()
+    return x @ weight.T + bias + torch.stack(rows, dim=-1)
 
 
 def loss(y: Tensor) -> Tensor:

@@ -91,6 +91,24 @@ def _mixed_case(row: dict[str, Any]) -> str:
     return f"D=N={case['D']}, {case['rows']} x {case['tokens']}, {case['adapters']} of r={case['r']}"
 
 
+def bases_table(rows: Rows) -> list[str]:
+    """Ratios of an adapted quantised layer to itself without an adapter, beside PEFT's LoRA, for both batch sizes."""
+    found = {(r["case"]["M"], _base(r), r["provider"], r["case"]["pass"]): r["ratio"]["median"] for r in rows}
+    batches = sorted({M for M, *_ in found})
+    columns = [(M, name) for M in batches for name in ("ours", "peft-lora")]
+    words = {"ours": "`adamss_kernels`", "peft-lora": "PEFT LoRA r = 8"}
+    lines = [_cells("base layer", *(f"M={M}, {words[name]}" for M, name in columns)), "|---" * (len(columns) + 1) + "|"]
+    for base in dict.fromkeys(base for _, base, *_ in found):
+        pairs = [[found[M, base, name, which] for which in (FORWARD, FORWARD_BACKWARD)] for M, name in columns]
+        lines.append(_cells(base, *(" / ".join(f"{ratio:.2f}" for ratio in pair) for pair in pairs)))
+    return lines
+
+
+def _base(row: dict[str, Any]) -> str:
+    case = row["case"]
+    return f"{case['base']}, D=N={case['D']}, {case['dtype']}"
+
+
 def memory_table(rows: Rows) -> list[str]:
     """Peak resident memory of a training forward, and of forward and backward."""
     shape = _shape(rows[0])
@@ -270,6 +288,7 @@ TABLES: dict[str, tuple[str, str, Callable[[Rows], list[str]]]] = {
     "asa": ("README.md", "asa", asa_table),
     "memory": ("README.md", "memory", memory_table),
     "mixed": ("README.md", "mixed", mixed_table),
+    "bases": ("README.md", "bases", bases_table),
     "layer-full": ("docs/benchmarks.md", "layer", full_table),
     "profile": ("docs/cpu.md", "profile", profile_table),
     "methods": ("docs/benchmarks.md", "methods", methods_table),

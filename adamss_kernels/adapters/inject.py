@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..bases import plain_linear
+from ..bases import foreign_kind, plain_linear
 from ..config import AdaMSSConfig
 from ..frozen_linear import LAYERS_BY_METHOD
 from ..model import replace_targets
@@ -65,7 +65,8 @@ def inject_adapter(
     Raises:
         ValueError: The method is unknown, an option is outside its domain, a pattern matches nothing, or `model` is
             itself the linear layer.
-        TypeError: The method has no such option, or a target is not exactly an `nn.Linear`.
+        TypeError: The method has no such option, or a target is not exactly an `nn.Linear`, or quantised: such bases
+            AdaMSS alone takes. The message names the layer.
     """
     if method not in METHODS:
         advice = "; AdaMSS itself is inject_adamss" if str(method).lower() == "adamss" else ""
@@ -79,6 +80,9 @@ def inject_adapter(
     choice = AdaMSSConfig(target_modules=target_modules, modules_to_save=modules_to_save)
 
     def build(base: nn.Module, name: str) -> AdapterLinear:
+        kind = foreign_kind(name, base)
+        if kind is not None:
+            raise TypeError(f"{name}: {method} takes a plain nn.Linear, got a {kind.name}, which AdaMSS alone adapts")
         linear = plain_linear(name, base)
         try:
             layer = METHODS[method](linear.weight, linear.bias, **options)

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter_file import Checkpoint
-from ..bases import plain_linear
+from ..bases import foreign_kind, plain_linear
 from ..config import ASA_FIELDS, AdaMSSConfig
 from ..decompose import Decomposition, augmented, decompose
 from ..distributed import full_tensor, unwrap
 from ..layout import SubspaceLayout
 from ..linear import FusedAdaMSSLinear
 from ..model import replace_modules
+from ..offload import weights_present
 from ..over_base import AdaMSSOverBase
 from ..targets import modules_named
 from .files import (
@@ -134,7 +135,8 @@ def import_peft(model: nn.Module, directory: str | os.PathLike[str], *, progress
         FileNotFoundError: A file is missing.
         ValueError: The checkpoint is not PEFT's AdaMSS, does not fit the model, or was trained on another base weight;
             the message names the layer. Nothing is changed.
-        TypeError: A layer is not exactly an `nn.Linear`, or its weight is quantised or sharded.
+        TypeError: A layer is not exactly an `nn.Linear`, or its weight is quantised or sharded; the message says how
+            the adapter comes onto it.
     """
     from safetensors.torch import load_file
     from tqdm.auto import tqdm
@@ -207,14 +209,22 @@ def _stored_ranks(prefix: str, tensors: dict[str, Tensor]) -> tuple[int, ...]:
 def _imported_layer(model: nn.Module, name: str, config: AdaMSSConfig, checkpoint: Checkpoint) -> FusedAdaMSSLinear:
     """Build the layer that replaces the linear layer `name`, after checking that its rows can be rebuilt."""
     try:
-        linear = plain_linear(name, model.get_submodule(name))
+        module = model.get_submodule(name)
     except AttributeError:
         raise ValueError(f"{name}: the checkpoint adapts this module, which the model does not have") from None
+    kind = foreign_kind(name, module)
+    if kind is not None:
+        raise TypeError(
+            f"{name}: is a {kind.name}; the rows, which PEFT does not store, can be rebuilt from the nn.Linear alone "
+            "that was trained: import onto that base, call save_adapter, and load_adapter(strict=False) onto this one"
+        )
+    linear = plain_linear(name, module)
     prefix = f"{PREFIX}{name}.adamss_"
     ranks = _stored_ranks(prefix, checkpoint.tensors)
     # The rows do not depend on the ranks, which come from the file.
     rebuilding = dataclasses.replace(config, subspace_rank=1, use_dynamic_rank=False)
-    rebuilt = decompose(linear.weight, linear.bias, rebuilding, name=name)
+    with weights_present(linear):
+        rebuilt = decompose(linear.weight, linear.bias, rebuilding, name=name)
     found = augmented(rebuilt.basis, rebuilt.basis_bias)
     basis = checkpoint.take(f"{prefix}newB", tuple(found.shape)).to(found)
     # A singular vector's sign depends on threads and instruction set.
@@ -230,7 +240,7 @@ def _imported_layer(model: nn.Module, name: str, config: AdaMSSConfig, checkpoin
     R = basis.shape[0]
     B = [checkpoint.take(f"{prefix}A.{k}", (r_k, R)) for k, r_k in enumerate(ranks)]
     C = [checkpoint.take(f"{prefix}B.{k}", (len(layout.rows(k)), r_k)) for k, r_k in enumerate(ranks)]
-    packed = (t.to(linear.weight.device, rebuilt.B.dtype) for t in layout.pack(B, C))
+    packed = (t.to(rebuilt.B) for t in layout.pack(B, C))
     D = linear.in_features
     basis_bias = None if linear.bias is None else basis[:, D].contiguous()
     decomposition = Decomposition(basis[:, :D].contiguous(), basis_bias, layout, *packed)

@@ -93,6 +93,8 @@ void one_case() {
     // Where AMX makes the base product, it rounds Q, C, S and dS to bfloat16 once.
     const bool whole = std::is_same_v<X, bfloat16> && std::string(adamss_cpu_isa()) == "amx" && coin();
     const double unit_S = whole ? 0x1p-8 : unit_T;
+    // The update alone, added to what is there.
+    const bool adds = !whole && coin();
     const int64_t dtype = std::is_same_v<X, double>     ? ADAMSS_FLOAT64
                           : std::is_same_v<X, bfloat16> ? ADAMSS_BFLOAT16
                                                         : ADAMSS_FLOAT32;
@@ -120,7 +122,7 @@ void one_case() {
 
     Matrix<X> x(M, D, D + integer(0, 3), true), dy(M, N, coin() ? N : N + integer(0, 5), true);
     Matrix<X> P(M, R, R + integer(0, 3), true);
-    Matrix<X> bias(1, N, N, true);
+    Matrix<X> bias(1, N, N, true), y_got(M, N, N, adds);
     Matrix<X> W(N, D, D + integer(0, 3), true);
     // A basis of bfloat16 is the same numbers in fewer bits.
     Matrix<bfloat16> A_bfloat16(R, D, D, true);
@@ -133,7 +135,7 @@ void one_case() {
     std::ostringstream text;
     text << "M=" << M << " D=" << D << " N=" << N << " R=" << R << " K=" << K << " rho=" << rho << " r_max=" << r_max
          << " dtype=" << dtype << " masked=" << masked << " projection=" << projection
-         << " whole=" << whole;
+         << " whole=" << whole << " adds=" << adds;
     const std::string shape = text.str();
 
     // Q = B A and q = B a, with the magnitudes that bound their rounding.
@@ -166,7 +168,7 @@ void one_case() {
                 S[m * rho + p] = s, S_size[m * rho + p] = size;
             }
         for (int64_t i = 0; i < N; ++i) {
-            double v = has_bias ? bias(0, i) : 0, size = std::abs(v);
+            double v = adds ? y_got(m, i) : has_bias ? bias(0, i) : 0, size = std::abs(v);
             for (int64_t d = 0; d < D && whole; ++d) v += x(m, d) * W(i, d), size += std::abs(x(m, d) * W(i, d));
             const int32_t k = row_subspace[i];
             for (int64_t j = 0; j < offsets[k + 1] - offsets[k] && on(k); ++j) {
@@ -177,13 +179,12 @@ void one_case() {
         }
     }
     Matrix<T> S_got(M, rho, rho, false);
-    Matrix<X> y_got(M, N, N, false);
     const bool keep_S = coin();
     const adamss_forward_args forward = {dtype, M, D, R, x.data(), x.stride, projection ? P.data() : nullptr, P.stride,
                                          whole ? W.data() : nullptr, W.stride, A_given, A_is_bfloat16,
                                          has_bias ? a.data() : nullptr, B.data(),
-                                         has_bias ? bias.data() : nullptr, C.data(), r_max,
-                                         keep_S ? S_got.data() : nullptr, y_got.data(), layout};
+                                         has_bias && !adds ? bias.data() : nullptr, C.data(), r_max,
+                                         keep_S ? S_got.data() : nullptr, y_got.data(), layout, nullptr, adds};
     if (adamss_cpu_forward(&forward) != (whole ? ADAMSS_WHOLE : ADAMSS_UPDATE)) std::abort();
     const int64_t terms_S = D + R;
     if (keep_S) compare("S", shape, S_got, S, S_size, unit_S, terms_S);

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ...compiled.allocator import keep_freed_memory
-from . import asa, compare, init, layer, memory, methods, mixed, model, results, scaling
+from . import asa, bases, compare, init, layer, memory, methods, mixed, model, results, scaling
 from .bound import measure_bound
 from .measure import Settings, pinned
 from .results import Row
@@ -27,9 +27,13 @@ SUITES: dict[str, tuple[ModuleType, float, float]] = {
     "init": (init, 4, 20),
     "asa": (asa, 3, 10),
     "mixed": (mixed, 5, 20),
+    "bases": (bases, 1.5, 10),
     "memory": (memory, 0, 0),
     "scaling": (scaling, 0.3, 2),
 }
+
+_NEEDS = {"model": "transformers", "bases": "bitsandbytes"}
+"""What a suite cannot run without."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
             return compare.report(before, after, args.threshold)
         except ValueError as error:
             raise SystemExit(f"--compare: {error}") from error
-    suites = args.suites or [name for name in SUITES if name != "model" or importlib.util.find_spec("transformers")]
+    suites = args.suites or [name for name in SUITES if importlib.util.find_spec(_NEEDS.get(name, "torch"))]
     if args.shapes and len(suites) != 1:
         raise SystemExit("--shapes: expected one suite beside it, whose fields it names")
     device = torch.device(args.device)

@@ -118,8 +118,8 @@ def forward_backward(layer: nn.Module, x: Iterator[Tensor], dy: Iterator[Tensor]
 def check(built: dict[str, Provider], shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
     """Compare y and dx of every provider, and its parameters' gradients, with float64.
 
-    y and dx may be off by eight times what the bare layer is off by, plus one rounding. For the gradients, Euler's
-    theorem: an update that is homogeneous of degree n in the parameters p has sum <p, dp> = n <dy, update(x)>.
+    y and dx may be off by eight times what the bare layer, the first, is off by, plus one rounding. For the gradients,
+    Euler's theorem: an update that is homogeneous of degree n in the parameters p has sum <p, dp> = n <dy, update(x)>.
 
     Raises:
         RuntimeError: A provider is further off; nothing is to be timed then.
@@ -130,7 +130,7 @@ def check(built: dict[str, Provider], shape: tuple[int, int, int], dtype: torch.
     x64, dy64 = x.double(), dy.double()
     outer, total = dy64.T @ x64, dy64.sum(0)
     eps = torch.finfo(dtype).eps
-    limit = eps
+    limit = 0.0
     for name, provider in built.items():
         W, b = provider.acts_as()
         leaf = x.detach().clone().requires_grad_()
@@ -138,8 +138,7 @@ def check(built: dict[str, Provider], shape: tuple[int, int, int], dtype: torch.
         y = provider.layer(leaf)
         dx, *grads = torch.autograd.grad(y, (leaf, *trained), dy)
         errors = [_difference(y[rows], x64[rows] @ W.T + b), _difference(dx[rows], dy64[rows] @ W)]
-        if name == BASE:
-            limit = 8 * max(errors) + eps
+        limit = limit or 8 * max(errors) + eps
         if not max(errors) <= limit:
             raise RuntimeError(f"{name}: y and dx are off by {errors}, expected at most {limit:.2g}: nothing is timed")
         if provider.degree is not None:
