@@ -235,7 +235,14 @@ adamss_status forward_few(const adamss_forward_args& args) {
     const X* const x = static_cast<const X*>(args.x);
     const TokenTiles<T, X> tokens(M, D, x, args.stride_xm);
     // For skinny rows that are wider than those of W.
-    const TokenTiles<T, T> wide_tokens(IS_IN_PLACE || skinny.is_bfloat16 ? 0 : M, D, x, args.stride_xm);
+    const bool is_narrow = skinny.is_bfloat16 && !IS_IN_PLACE;
+    const TokenTiles<T, T> converted(is_narrow || IS_IN_PLACE ? 0 : M, D, x, args.stride_xm);
+    const TokenTiles<T, T>& wide_tokens = [&]() -> const TokenTiles<T, T>& {
+        if constexpr (IS_IN_PLACE)
+            return tokens;
+        else
+            return converted;
+    }();
     X* const y = static_cast<X*>(args.y);
     Buffer<T> z(skinny.gives_S ? 0 : M * R, UNINITIALISED), sums_of_y(IS_IN_PLACE ? 0 : M * N, UNINITIALISED);
     const int64_t stride_sm = padded_rho<T>(columns);
@@ -257,11 +264,12 @@ adamss_status forward_few(const adamss_forward_args& args) {
             T* const out = skinny_out + begin;
             for (int64_t m = 0; m < M; ++m)
                 for (int64_t r = 0; r < count; ++r) out[m * stride_out + r] = skinny.bias ? skinny.bias[begin + r] : T(0);
-            if (skinny.is_bfloat16 == !IS_IN_PLACE)
+            if (is_narrow) {
                 meet<T, X>(M, tokens, count, static_cast<const X*>(skinny.rows) + at, skinny.stride, out, stride_out);
-            else
-                meet<T, T>(M, wide_tokens, count, static_cast<const T*>(skinny.rows) + at, skinny.stride, out,
-                           stride_out);
+            } else {
+                const BasisRows<T> copy(skinny.rows, skinny.is_bfloat16, skinny.stride, at, count, D);
+                meet<T, T>(M, wide_tokens, count, copy.rows[0], skinny.is_bfloat16 ? D : skinny.stride, out, stride_out);
+            }
             return;
         }
         const int64_t count = smaller(ROWS, N - begin);
@@ -295,6 +303,90 @@ adamss_status forward_few(const adamss_forward_args& args) {
         for (; i < M * N; ++i) store_as(y + i, sums[i]);
     }
     return args.W ? ADAMSS_WHOLE : ADAMSS_UPDATE;
+}
+
+// Whether tokens are so few that through P the gradients cost less than Q = B A and dB = (dS^T x) A^T, whatever they are
+// multiplied with.
+inline bool are_few(const adamss_backward_args& args) {
+    constexpr int64_t FEW = 8;
+    return args.M > 0 && args.M <= FEW && !args.W_updated;
+}
+
+// f(begin, width) for spans of D columns, whose rows of A are worth threads or not.
+template <class F>
+void for_spans(int64_t D, int64_t R, const F& f) {
+    const int64_t span = columns_per_block(D, 4 * R, 64);
+    parallel_blocks((D + span - 1) / span, [&](int64_t block) { f(block * span, smaller(span, D - block * span)); });
+}
+
+// dB = dS^T (x A^T + a), dx = (dS B) A: each token as plain PyTorch has it.
+template <class T, class X>
+adamss_status backward_few(const adamss_backward_args& args) {
+    const adamss_layout& l = args.layout;
+    const int64_t M = args.M, N = l.N, D = args.D, R = args.R, rho_full = l.offsets[l.K];
+    const Columns columns(l);
+    const int64_t rho = columns.count, learning = columns.learning;
+    const T *const C = static_cast<const T*>(args.C), *const S = static_cast<const T*>(args.S);
+    T *const dB = static_cast<T*>(args.dB), *const dC = static_cast<T*>(args.dC);
+    Rows<T, X> dy;
+    dy.take(static_cast<const X*>(args.dy), args.stride_dym, {nullptr}, 0, M, M, N);
+    if (dC) std::memset(dC, 0, N * args.r_max * sizeof(T));
+    // One sum after the other, as rows come: in double they are as good as sums side by side.
+    Buffer<double> sums(M * rho);
+    for (int64_t i = 0; i < N; ++i) {
+        const int32_t k = l.row_subspace[i], first = l.offsets[k], r = l.offsets[k + 1] - first;
+        const int64_t start = columns.start[k];
+        for (int32_t j = 0; start >= 0 && j < r; ++j) {
+            const double value = C[i * args.r_max + j];
+            for (int64_t m = 0; m < M; ++m) sums[m * rho + start + j] += value * dy.p[m * dy.stride + i];
+            T total = 0;
+            for (int64_t m = 0; dC && start < learning && m < M; ++m)
+                total += dy.p[m * dy.stride + i] * S[m * rho_full + first + j];
+            if (dC) dC[i * args.r_max + j] = total;
+        }
+    }
+    Buffer<T> dS(M * rho, UNINITIALISED), P(M * R, UNINITIALISED);
+    for (int64_t i = 0; i < M * rho; ++i) dS[i] = T(sums[i]);
+
+    if (dB) {
+        std::memset(dB, 0, rho_full * R * sizeof(T));
+        const T* const a = static_cast<const T*>(args.a);
+        for (int64_t m = 0; m < M; ++m)
+            for (int64_t r = 0; r < R; ++r)
+                P[m * R + r] = args.P ? value_of<T>(static_cast<const X*>(args.P) + m * args.stride_pm + r)
+                               : a    ? a[r]
+                                      : T(0);
+        if (!args.P) {
+            const X* const x = static_cast<const X*>(args.x);
+            const bool is_narrow = args.A_is_bfloat16 && !std::is_same_v<T, X>;
+            const TokenTiles<T, X> tokens(is_narrow ? M : 0, D, x, args.stride_xm);
+            const TokenTiles<T, T> wide_tokens(is_narrow ? 0 : M, D, x, args.stride_xm);
+            for_spans(R, D, [&](int64_t r, int64_t count) {
+                if (is_narrow)
+                    return meet<T, X>(M, tokens, count, static_cast<const X*>(args.A) + r * D, D, P.data() + r, R);
+                const BasisRows<T> A(args.A, args.A_is_bfloat16, D, r * D, count, D);
+                meet<T, T>(M, wide_tokens, count, A.rows[0], D, P.data() + r, R);
+            });
+        }
+        for (int64_t p = 0; p < learning; ++p)
+            for (int64_t m = 0; m < M; ++m)
+                for (int64_t r = 0; r < R; ++r) dB[columns.column[p] * R + r] += dS[m * rho + p] * P[m * R + r];
+    }
+    if (!args.dx) return ADAMSS_UPDATE;
+    X* const dx = static_cast<X*>(args.dx);
+    Buffer<const T*> B(rho);
+    for (int64_t p = 0; p < rho; ++p) B[p] = static_cast<const T*>(args.B) + columns.column[p] * R;
+    if (!args.A) {
+        product_block<T, X>(M, D, rho, dS.data(), rho, B.data(), dx, D);
+        return ADAMSS_UPDATE;
+    }
+    T* const dP = P.data();
+    product_block<T, T>(M, R, rho, dS.data(), rho, B.data(), dP, R);
+    for_spans(D, R, [&](int64_t d, int64_t width) {
+        const BasisRows<T> A(args.A, args.A_is_bfloat16, D, d, R, width);
+        product_block<T, X>(M, width, R, dP, R, A.rows.data(), dx + d, D);
+    });
+    return ADAMSS_UPDATE;
 }
 
 }  // namespace ADAMSS_ISA

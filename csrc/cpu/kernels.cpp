@@ -13,6 +13,11 @@ adamss_status forward_of(const adamss_forward_args& a) {
     return are_few(a) ? forward_few<T, X>(a) : forward<T, X>(a);
 }
 
+template <class T, class X>
+adamss_status backward_of(const adamss_backward_args& a) {
+    return are_few(a) ? backward_few<T, X>(a) : backward<T, X>(a);
+}
+
 static adamss_status forward_any(const adamss_forward_args& a) {
     if (a.dtype == ADAMSS_FLOAT32) return forward_of<float, float>(a);
     if (a.dtype == ADAMSS_FLOAT64) return forward_of<double, double>(a);
@@ -20,9 +25,9 @@ static adamss_status forward_any(const adamss_forward_args& a) {
 }
 
 static adamss_status backward_any(const adamss_backward_args& a) {
-    if (a.dtype == ADAMSS_FLOAT32) return backward<float, float>(a);
-    if (a.dtype == ADAMSS_FLOAT64) return backward<double, double>(a);
-    return backward<float, bfloat16>(a);
+    if (a.dtype == ADAMSS_FLOAT32) return backward_of<float, float>(a);
+    if (a.dtype == ADAMSS_FLOAT64) return backward_of<double, double>(a);
+    return backward_of<float, bfloat16>(a);
 }
 
 static adamss_status grouped_forward_any(const adamss_forward_args& a, const adamss_groups& groups) {
