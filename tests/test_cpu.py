@@ -38,6 +38,8 @@ def test_every_instruction_set_of_this_machine_is_built_and_run():
         assert "avx2" in ISAS
     if " avx512f " in flags and " avx512vl " in flags:
         assert "avx512" in ISAS
+    if " avx512f " in flags and " avx512_bf16 " in flags:
+        assert "avx512bf16" in ISAS
     if " amx_bf16 " in flags and " avx512_bf16 " in flags:
         assert ISAS[0] == "amx"
     assert ISAS[-1] == "baseline"
