@@ -50,6 +50,7 @@ def bench(*arguments, out=None):
 
 SMOKE = {
     "layer": (TINY, ["reference", "half-pruned", "merged", "kradapter", "peft-adamss", "peft-lora"]),
+    "decode": (TINY, None),
     "methods": (TINY, None),
     "model": ("layers=1,width=32,ffn=48,batch=1,tokens=5,K=3", None),
     "init": ("layers=2,D=32,K=3,R=8", None),

@@ -38,6 +38,8 @@ def test_every_instruction_set_of_this_machine_is_built_and_run():
         assert "avx2" in ISAS
     if " avx512f " in flags and " avx512vl " in flags:
         assert "avx512" in ISAS
+    if " avx512f " in flags and " avx512_bf16 " in flags:
+        assert "avx512bf16" in ISAS
     if " amx_bf16 " in flags and " avx512_bf16 " in flags:
         assert ISAS[0] == "amx"
     assert ISAS[-1] == "baseline"
@@ -102,8 +104,23 @@ def test_the_number_of_threads_changes_no_bit(dtype, mode):
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
 
 
-def test_the_backward_of_many_tokens_has_work_for_64_threads():
-    """Counted at the library's door to torch's threads, on sizes of which nothing but the tokens is large."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("M", [1, 5, 31])
+def test_the_number_of_threads_changes_no_bit_of_few_tokens(dtype, M):
+    problem = make_problem(M=M, D=200, N=400, R=70, ranks=(3, 1, 2)).to(dtype, torch.float32)
+    runs, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 7, 64):
+            torch.set_num_threads(count)
+            with torch.no_grad():
+                runs.append(adamss_linear(*problem.operands, backend="cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(runs[0], run) for run in runs[1:])
+
+
+def blocks_of(call) -> list[int]:
+    """Return how many blocks each loop of `call` offers to threads, counted at the library's door to torch's."""
     library = ctypes.CDLL(str(compiled.find(_NAME)))
     task = ctypes.CFUNCTYPE(None, c_int64, c_int64, c_void_p)
     blocks = []
@@ -114,14 +131,36 @@ def test_the_backward_of_many_tokens_has_work_for_64_threads():
         run(begin, end, context)
         return 0
 
-    problem, isa = make_problem(M=9001, D=48, N=40, R=8, dtype=torch.float32), load().isa()
-    y = adamss_linear(*problem.operands, backend="cpu")
+    isa = load().isa()
     assert library.adamss_cpu_init(ctypes.cast(run_serially, c_void_p), isa.encode()) == 0
     try:
-        torch.autograd.grad(y, (problem.x, problem.B, problem.C), torch.ones_like(y))
+        call()
     finally:
         load().use_isa(isa)
+    return blocks
+
+
+def test_the_backward_of_many_tokens_has_work_for_64_threads():
+    """On sizes of which nothing but the tokens is large."""
+    problem = make_problem(M=9001, D=48, N=40, R=8, dtype=torch.float32)
+    y = adamss_linear(*problem.operands, backend="cpu")
+    blocks = blocks_of(lambda: torch.autograd.grad(y, (problem.x, problem.B, problem.C), torch.ones_like(y)))
     assert 64 <= max(blocks) < 9001 / 64, "shares of the tokens, each of some blocks"
+
+
+@pytest.mark.parametrize("threads", [2, 3, 7, 16, 48, 64])
+def test_threads_share_the_rows_of_few_tokens_evenly(threads):
+    problem = make_problem(M=1, D=32, N=4096, R=100, dtype=torch.float32)
+    with torch.no_grad():
+        (blocks,) = blocks_of(lambda: adamss_linear(*problem.operands, backend="cpu"))
+    most = -(-blocks // threads)  # as torch hands them out
+    assert most * threads <= 1.1 * blocks, "the longest share against an even one"
+
+
+def test_small_layers_wake_no_thread_for_few_tokens():
+    problem = make_problem(M=2, D=64, N=64, R=16, dtype=torch.float32)
+    with torch.no_grad():
+        assert blocks_of(lambda: adamss_linear(*problem.operands, backend="cpu")) == []
 
 
 def test_the_operators_keep_no_reference_to_what_they_are_given():

@@ -1,4 +1,4 @@
-// bfloat16 with AMX: the base product and the update in one pass over x or dy; everything else as with AVX-512.
+// bfloat16 with AMX: the base product and the update in one pass over x or dy; everything else as with AVX-512's bf16.
 //
 // Forward and backward are the same pass turned round: S = left U, out = left base + S V + bias. Forward: left = x,
 // base = W^T, U = Q^T, V = C^T. Backward: left = dy, base = W, U = C, V = Q. U, S and V meet the tiles rounded to
@@ -13,7 +13,7 @@
 #include <unistd.h>
 #endif
 
-namespace avx512 {
+namespace avx512bf16 {
 extern const adamss::Kernels kernels;
 }
 
@@ -327,20 +327,20 @@ adamss_status backward_bfloat16(const adamss_backward_args& args) {
 
 adamss_status forward_any(const adamss_forward_args& args) {
     const bool here = args.dtype == ADAMSS_BFLOAT16 && takes_base(args.W, args.M, args.D, args.layout.N);
-    return here ? forward_bfloat16(args) : avx512::kernels.forward(args);
+    return here ? forward_bfloat16(args) : avx512bf16::kernels.forward(args);
 }
 
 adamss_status grouped_forward_any(const adamss_forward_args& args, const adamss_groups& groups) {
-    return avx512::kernels.grouped_forward(args, groups);
+    return avx512bf16::kernels.grouped_forward(args, groups);
 }
 
 adamss_status grouped_backward_any(const adamss_backward_args& args, const adamss_groups& groups) {
-    return avx512::kernels.grouped_backward(args, groups);
+    return avx512bf16::kernels.grouped_backward(args, groups);
 }
 
 adamss_status backward_any(const adamss_backward_args& args) {
     const bool here = args.dtype == ADAMSS_BFLOAT16 && takes_base(args.W, args.M, args.D, args.layout.N);
-    return here ? backward_bfloat16(args) : avx512::kernels.backward(args);
+    return here ? backward_bfloat16(args) : avx512bf16::kernels.backward(args);
 }
 
 }  // namespace

@@ -16,6 +16,11 @@ namespace avx512 {
 extern const adamss::Kernels kernels;
 }
 #endif
+#ifdef ADAMSS_AVX512BF16
+namespace avx512bf16 {
+extern const adamss::Kernels kernels;
+}
+#endif
 #ifdef ADAMSS_AMX
 namespace amx {
 extern const adamss::Kernels kernels;
@@ -37,9 +42,12 @@ static void for_each_runnable(const F& f) {
     if (amx::usable()) f(&amx::kernels);
 #endif
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        f(&avx512::kernels);
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#ifdef ADAMSS_AVX512BF16
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) f(&avx512bf16::kernels);
+#endif
+    if (avx512) f(&avx512::kernels);
     if (avx2) f(&avx2::kernels);
 #endif
     f(&baseline::kernels);

@@ -102,6 +102,8 @@ void one_case() {
     const int64_t D = integer(1, coin() ? 20 : 150), R = integer(1, coin() ? 6 : 40);
     int64_t N = integer(1, coin() ? 20 : 150), K = integer(1, std::min<int64_t>(N, coin() ? 4 : 32));
     const bool has_bias = coin(), projection = coin();
+    // Few tokens make the base product on the way where they get W.
+    const bool few_whole = !whole && !adds && M > 0 && M <= 32 && coin();
 
     std::vector<int32_t> row_subspace(N), offsets(K + 1, 0);
     for (int64_t i = 0; i < N; ++i) row_subspace[i] = int32_t(i < K ? i : integer(0, K - 1));
@@ -135,7 +137,7 @@ void one_case() {
     std::ostringstream text;
     text << "M=" << M << " D=" << D << " N=" << N << " R=" << R << " K=" << K << " rho=" << rho << " r_max=" << r_max
          << " dtype=" << dtype << " masked=" << masked << " projection=" << projection
-         << " whole=" << whole << " adds=" << adds;
+         << " whole=" << whole << few_whole << " adds=" << adds;
     const std::string shape = text.str();
 
     // Q = B A and q = B a, with the magnitudes that bound their rounding.
@@ -169,7 +171,8 @@ void one_case() {
             }
         for (int64_t i = 0; i < N; ++i) {
             double v = adds ? y_got(m, i) : has_bias ? bias(0, i) : 0, size = std::abs(v);
-            for (int64_t d = 0; d < D && whole; ++d) v += x(m, d) * W(i, d), size += std::abs(x(m, d) * W(i, d));
+            for (int64_t d = 0; d < D && (whole || few_whole); ++d)
+                v += x(m, d) * W(i, d), size += std::abs(x(m, d) * W(i, d));
             const int32_t k = row_subspace[i];
             for (int64_t j = 0; j < offsets[k + 1] - offsets[k] && on(k); ++j) {
                 v += S[m * rho + offsets[k] + j] * C(i, j);
@@ -181,11 +184,11 @@ void one_case() {
     Matrix<T> S_got(M, rho, rho, false);
     const bool keep_S = coin();
     const adamss_forward_args forward = {dtype, M, D, R, x.data(), x.stride, projection ? P.data() : nullptr, P.stride,
-                                         whole ? W.data() : nullptr, W.stride, A_given, A_is_bfloat16,
+                                         whole || few_whole ? W.data() : nullptr, W.stride, A_given, A_is_bfloat16,
                                          has_bias ? a.data() : nullptr, B.data(),
                                          has_bias && !adds ? bias.data() : nullptr, C.data(), r_max,
                                          keep_S ? S_got.data() : nullptr, y_got.data(), layout, nullptr, adds};
-    if (adamss_cpu_forward(&forward) != (whole ? ADAMSS_WHOLE : ADAMSS_UPDATE)) std::abort();
+    if (adamss_cpu_forward(&forward) != (whole || few_whole ? ADAMSS_WHOLE : ADAMSS_UPDATE)) std::abort();
     const int64_t terms_S = D + R;
     if (keep_S) compare("S", shape, S_got, S, S_size, unit_S, terms_S);
     const double unit_y = whole ? unit_S : unit_T * double(terms_S + r_max) > unit_X ? unit_T : unit_X / 4;

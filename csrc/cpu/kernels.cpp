@@ -1,6 +1,6 @@
 // Compiled once per instruction set, with ADAMSS_ISA its name: picks the kernel for a dtype.
 #include "backward.h"
-#include "forward.h"
+#include "few.h"
 #include "grouped.h"
 
 namespace ADAMSS_ISA {
@@ -8,16 +8,26 @@ namespace ADAMSS_ISA {
 #define ADAMSS_STRING_(x) #x
 #define ADAMSS_STRING(x) ADAMSS_STRING_(x)
 
+template <class T, class X>
+adamss_status forward_of(const adamss_forward_args& a) {
+    return are_few(a) ? forward_few<T, X>(a) : forward<T, X>(a);
+}
+
+template <class T, class X>
+adamss_status backward_of(const adamss_backward_args& a) {
+    return are_few(a) ? backward_few<T, X>(a) : backward<T, X>(a);
+}
+
 static adamss_status forward_any(const adamss_forward_args& a) {
-    if (a.dtype == ADAMSS_FLOAT32) return forward<float, float>(a);
-    if (a.dtype == ADAMSS_FLOAT64) return forward<double, double>(a);
-    return forward<float, bfloat16>(a);
+    if (a.dtype == ADAMSS_FLOAT32) return forward_of<float, float>(a);
+    if (a.dtype == ADAMSS_FLOAT64) return forward_of<double, double>(a);
+    return forward_of<float, bfloat16>(a);
 }
 
 static adamss_status backward_any(const adamss_backward_args& a) {
-    if (a.dtype == ADAMSS_FLOAT32) return backward<float, float>(a);
-    if (a.dtype == ADAMSS_FLOAT64) return backward<double, double>(a);
-    return backward<float, bfloat16>(a);
+    if (a.dtype == ADAMSS_FLOAT32) return backward_of<float, float>(a);
+    if (a.dtype == ADAMSS_FLOAT64) return backward_of<double, double>(a);
+    return backward_of<float, bfloat16>(a);
 }
 
 static adamss_status grouped_forward_any(const adamss_forward_args& a, const adamss_groups& groups) {

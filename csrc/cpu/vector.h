@@ -17,6 +17,8 @@
 
 // Loops over registers are unrolled, so that arrays of registers are registers.
 #define ADAMSS_UNROLL _Pragma("GCC unroll 16")
+// For lambdas that hold registers of their surroundings.
+#define ADAMSS_INLINE __attribute__((always_inline))
 
 namespace ADAMSS_ISA {
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ...compiled.allocator import keep_freed_memory
-from . import asa, bases, compare, init, layer, memory, methods, mixed, model, results, scaling
+from . import asa, bases, compare, decode, init, layer, memory, methods, mixed, model, results, scaling
 from .bound import measure_bound
 from .measure import Settings, pinned
 from .results import Row
@@ -22,6 +22,7 @@ from .results import Row
 # has DEFAULTS (the fields of a case), `complete(case)`, `cases(full)` and `measure(case, providers, settings)`.
 SUITES: dict[str, tuple[ModuleType, float, float]] = {
     "layer": (layer, 5, 20),
+    "decode": (decode, 1.5, 10),
     "methods": (methods, 3, 20),
     "model": (model, 12, 60),
     "init": (init, 4, 20),
@@ -108,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
 def _rows(suite: str, args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     module, short, long = SUITES[suite]
     seconds = args.seconds if args.seconds is not None else long if args.full else short
-    settings = Settings(device, seconds, args.graph and suite in ("layer", "scaling"))
+    settings = Settings(device, seconds, args.graph and suite in ("layer", "decode", "scaling"))
     cases = [module.complete(_known(shape, module, suite)) for shape in args.shapes or ()] or module.cases(args.full)
     if args.dtype:
         # Cases that differ in nothing else become one.
@@ -116,7 +117,7 @@ def _rows(suite: str, args: argparse.Namespace, device: torch.device) -> Iterato
     dtypes = []
     for case in cases:
         dtype = case.get("dtype", "float32")
-        if module in (layer, methods, scaling) and dtype not in dtypes:
+        if module in (layer, decode, methods, scaling) and dtype not in dtypes:
             dtypes.append(dtype)
             yield from measure_bound(device, getattr(torch, dtype)).rows(suite, dtype)
         yield from module.measure(case, args.providers, settings)
