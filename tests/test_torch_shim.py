@@ -1,4 +1,4 @@
-"""What the CPU library declares of torch by hand is what the installed torch's headers declare."""
+"""What the libraries declare of torch by hand is what the installed torch's headers declare."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import torch
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
-SHIM = ROOT / "csrc" / "cpu" / "torch_shim.h"
+SHIM = ROOT / "csrc" / "torch" / "shim.h"
+CPU = ROOT / "csrc" / "cpu"
 OLDEST = re.search(r'"torch>=(\d+)\.(\d+)"', (ROOT / "pyproject.toml").read_text()).groups()
 
 
@@ -23,7 +24,7 @@ def errors(shim: Path) -> str:
     compiler = next((c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(c)), None)
     if compiler is None:
         pytest.skip("no C++ compiler")
-    folders = [shim.parent, Path(torch.__file__).parent / "include", SHIM.parent]
+    folders = [shim.parent, Path(torch.__file__).parent / "include", CPU]
     target = f"-DTORCH_TARGET_VERSION=(({OLDEST[0]}ULL << 56) | ({OLDEST[1]}ULL << 48))"
     command = [compiler, "-std=c++17", "-fsyntax-only", target, *(f"-I{folder}" for folder in folders)]
     done = subprocess.run([*command, ROOT / "tests" / "torch_shim.cpp"], capture_output=True, text=True, check=False)
@@ -41,6 +42,7 @@ def test_the_declarations_are_torchs_as_of_the_oldest_torch_that_the_package_tak
         ("(Handle, bool*)", "(Handle, bool)", "aoti_torch_is_contiguous"),
         ("F(int32_t, aoti_torch_dtype_bool)", "F(int64_t, aoti_torch_dtype_bool)", "aoti_torch_dtype_bool"),
         ("typedef uint64_t Value;", "typedef int64_t Value;", "Value"),
+        ("GuardHandle*)", "GuardHandle)", "aoti_torch_create_cuda_guard"),
         ("F(torch_delete_list, (", "F(torch_drop_list, (", "torch_drop_list"),
         (f"uint64_t({OLDEST[1]}) << 48", f"uint64_t({OLDEST[1]}0) << 48", "ABI_VERSION"),
     ],
@@ -54,5 +56,5 @@ def test_a_declaration_that_is_not_torchs_is_found(tmp_path, ours, wrong, what):
 
 
 def test_the_version_of_the_running_torch_is_no_part_of_the_library():
-    sources = "".join(path.read_text() for path in SHIM.parent.iterdir() if path.suffix in (".h", ".cpp"))
+    sources = "".join(path.read_text() for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu"))
     assert "aoti_torch_abi_version" not in sources

@@ -5,18 +5,15 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import sys
 from collections.abc import Callable
 from ctypes import c_char_p, c_int32, c_void_p
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from . import build_state, find, why_not_loaded
+from . import SUFFIX, build_state, find, of_torch, register, why_not_loaded
 
-_SUFFIX = "dylib" if sys.platform == "darwin" else "so"
-_NAME = f"libadamss_cpu.{_SUFFIX}"
+_NAME = f"libadamss_cpu.{SUFFIX}"
 
 
 class Library(NamedTuple):
@@ -38,16 +35,15 @@ def load() -> Library:
     if path is None:
         raise OSError(_build_state())
     library = ctypes.CDLL(str(path))
-    libtorch = Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{_SUFFIX}"
+    libtorch = of_torch("torch_cpu")
     try:
         parallel_for = ctypes.cast(ctypes.CDLL(str(libtorch)).torch_parallel_for, c_void_p)
     except AttributeError:
         raise OSError(f"torch {torch.__version__} does not export torch_parallel_for") from None
-    for name in ("adamss_cpu_isa", "adamss_cpu_isas", "adamss_cpu_register"):
+    for name in ("adamss_cpu_isa", "adamss_cpu_isas"):
         getattr(library, name).restype = c_char_p
     library.adamss_cpu_init.argtypes = (c_void_p, c_char_p)
     library.adamss_cpu_init.restype = c_int32
-    library.adamss_cpu_register.argtypes = (c_char_p,)
 
     isas = tuple(library.adamss_cpu_isas().decode().split())
 
@@ -56,9 +52,7 @@ def load() -> Library:
             raise OSError(f"ADAMSS_CPU_ISA={name!r}: this machine and build have {isas}")
 
     use_isa(os.environ.get("ADAMSS_CPU_ISA", ""))
-    missing = library.adamss_cpu_register(os.fsencode(libtorch))
-    if missing is not None:
-        raise OSError(f"torch {torch.__version__} does not export {missing.decode()}")
+    register(library, "adamss_cpu_register", libtorch)
     return Library(isas, use_isa, lambda: library.adamss_cpu_isa().decode())
 
 

@@ -2,58 +2,15 @@
 // add the base product where they leave it out.
 //
 // In C++ because a Python function around them costs as much as a small layer's whole update.
-#include <initializer_list>
 #include <new>
 
+#include "../torch/operands.h"
 #include "interface.h"
 #include "operators.h"
 #include "scratch.h"
-#include "torch_shim.h"
 
 namespace adamss::torch {
 namespace {
-
-// The inputs of an operator in their order; each is taken once, and owned from then on.
-class Inputs {
-    const Value* next_;
-
-  public:
-    explicit Inputs(const Value* stack) : next_(stack) {}
-    Tensor tensor() { return Tensor(reinterpret_cast<Handle>(*next_++)); }
-    Tensor optional() {
-        const Value* const held = reinterpret_cast<const Value*>(*next_++);
-        Tensor t(held ? reinterpret_cast<Handle>(*held) : nullptr);
-        delete held;
-        return t;
-    }
-    bool boolean() { return *next_++ & 1; }
-    template <size_t SIZE>
-    void booleans(bool (&out)[SIZE]) {
-        const ListHandle list = reinterpret_cast<ListHandle>(*next_++);
-        int32_t error = 0;
-        for (size_t i = 0; i < SIZE; ++i) {
-            Value item = 0;
-            error |= shim.torch_list_get_item(list, i, &item);
-            out[i] = item & 1;
-        }
-        check(shim.torch_delete_list(list) | error, "list");
-    }
-};
-
-void set_outputs(Value* stack, std::initializer_list<Tensor*> outputs) {
-    for (Tensor* t : outputs) *stack++ = reinterpret_cast<Value>(t->release());
-}
-
-Tensor copied(const Tensor& t, int32_t dtype) {
-    Tensor copy = t.dimensions() == 1 ? empty(dtype, t.size(0)) : empty(dtype, t.size(0), t.size(1));
-    check(shim.aoti_torch_copy_(copy.get(), t.get(), 0), "copy_");
-    return copy;
-}
-
-// The tensor itself where it is contiguous and of `dtype`, else a copy that is.
-Tensor dense(Tensor t, int32_t dtype) {
-    return !t || (t.dtype() == dtype && t.is_contiguous()) ? std::move(t) : copied(t, dtype);
-}
 
 bool is_bfloat16(const Tensor& t) { return t && t.dtype() == shim.aoti_torch_dtype_bfloat16; }
 

@@ -1,7 +1,7 @@
 // The operators of backend `cpu`, as torch's dispatcher calls them: arguments on `stack` on entry, results on return.
 #pragma once
 
-#include "torch_shim.h"
+#include "../torch/shim.h"
 
 namespace adamss::torch {
 

@@ -1,5 +1,5 @@
-// What is used of torch's stable C interface, declared by hand: the library is built without torch, and finds these
-// functions in the torch of the process that loads it.
+// What is used of torch's stable C interface, declared by hand: the libraries are built without torch, and find these
+// functions in the torch of the process that loads them.
 #pragma once
 
 #include <cstddef>
@@ -15,6 +15,7 @@ namespace adamss::torch {
 typedef struct AtenTensorOpaque* Handle;
 typedef struct StableListOpaque* ListHandle;
 typedef struct TorchLibraryOpaque* LibraryHandle;
+typedef struct CUDAGuardOpaque* GuardHandle;
 typedef uint64_t Value;
 typedef void (*Kernel)(Value* stack, uint64_t inputs, uint64_t outputs);
 
@@ -23,6 +24,8 @@ constexpr uint64_t ABI_VERSION = uint64_t(2) << 56 | uint64_t(11) << 48;
 
 // All return 0 for success. F(name, arguments). tests/torch_shim.cpp holds them against torch's own headers.
 #define ADAMSS_TORCH_FUNCTIONS(F)                                                                               \
+    F(aoti_torch_library_init_fragment, (const char*, const char* file, uint32_t line, LibraryHandle* made))    \
+    F(aoti_torch_library_def, (LibraryHandle, const char* schema))                                              \
     F(aoti_torch_library_init_impl, (const char*, const char* key, const char* file, uint32_t line, \
                                      LibraryHandle* made))                                                      \
     F(torch_library_impl, (LibraryHandle, const char* name, Kernel, uint64_t abi_version))                      \
@@ -34,6 +37,8 @@ constexpr uint64_t ABI_VERSION = uint64_t(2) << 56 | uint64_t(11) << 48;
     F(aoti_torch_get_sizes, (Handle, int64_t**))                                                                \
     F(aoti_torch_get_strides, (Handle, int64_t**))                                                              \
     F(aoti_torch_get_dtype, (Handle, int32_t*))                                                                 \
+    F(aoti_torch_get_device_type, (Handle, int32_t*))                                                           \
+    F(aoti_torch_get_device_index, (Handle, int32_t*))                                                          \
     F(aoti_torch_is_contiguous, (Handle, bool*))                                                                \
     F(aoti_torch_empty_strided, (int64_t dimensions, const int64_t* sizes, const int64_t* strides, int32_t dtype, \
                                  int32_t device_type, int32_t device_index, Handle* made))                      \
@@ -46,28 +51,41 @@ constexpr uint64_t ABI_VERSION = uint64_t(2) << 56 | uint64_t(11) << 48;
     F(aoti_torch_cpu_mm_out, (Handle out, Handle left, Handle right))                                           \
     F(aoti_torch_cpu_addmm_out, (Handle out, Handle added, Handle left, Handle right, double beta, double alpha))
 
+// Those of a torch with CUDA alone.
+#define ADAMSS_TORCH_CUDA_FUNCTIONS(F)                                       \
+    F(aoti_torch_create_cuda_guard, (int32_t device_index, GuardHandle*))    \
+    F(aoti_torch_delete_cuda_guard, (GuardHandle))                           \
+    F(aoti_torch_get_current_cuda_stream, (int32_t device_index, void** stream))
+
 // Plain values. F(type, name).
 #define ADAMSS_TORCH_CONSTANTS(F)               \
     F(int32_t, aoti_torch_device_type_cpu)      \
     F(int32_t, aoti_torch_dtype_float32)        \
     F(int32_t, aoti_torch_dtype_float64)        \
     F(int32_t, aoti_torch_dtype_bfloat16)       \
+    F(int32_t, aoti_torch_dtype_float16)        \
+    F(int32_t, aoti_torch_dtype_uint8)          \
     F(int32_t, aoti_torch_dtype_bool)
 
 struct Shim {
 #define F(name, arguments) int32_t(*name) arguments;
     ADAMSS_TORCH_FUNCTIONS(F)
+    ADAMSS_TORCH_CUDA_FUNCTIONS(F)
 #undef F
 #define F(type, name) type name;
     ADAMSS_TORCH_CONSTANTS(F)
 #undef F
 };
-extern Shim shim;
+extern Shim shim;  // each library's own
 
 inline void check(int32_t error, const char* what) {
     // torch has written its own message to stderr.
     if (error) throw std::runtime_error(std::string("adamss_kernels: torch failed in ") + what);
 }
+
+struct Device {
+    int32_t type, index;
+};
 
 // An owned tensor, or none.
 class Tensor {
@@ -115,6 +133,13 @@ class Tensor {
         check(shim.aoti_torch_get_dtype(handle_, &dtype), "dtype");
         return dtype;
     }
+    Device device() const {
+        Device device;
+        check(shim.aoti_torch_get_device_type(handle_, &device.type) |
+                  shim.aoti_torch_get_device_index(handle_, &device.index),
+              "device");
+        return device;
+    }
     bool is_contiguous() const {
         bool is;
         check(shim.aoti_torch_is_contiguous(handle_, &is), "is_contiguous");
@@ -122,14 +147,22 @@ class Tensor {
     }
 };
 
-// A new matrix, or with one size a vector.
-inline Tensor empty(int32_t dtype, int64_t rows, int64_t columns = -1) {
+// A new matrix on `device`, or with one size a vector; none where there is no room for it.
+inline Tensor try_empty(Device device, int32_t dtype, int64_t rows, int64_t columns) {
     const int64_t sizes[] = {rows, columns}, strides[] = {columns < 0 ? 1 : columns, 1};
-    Handle made;
-    check(shim.aoti_torch_empty_strided(columns < 0 ? 1 : 2, sizes, strides, dtype, shim.aoti_torch_device_type_cpu, 0,
-                                        &made),
-          "empty");
-    return Tensor(made);
+    Handle made = nullptr;
+    const int32_t failed = shim.aoti_torch_empty_strided(columns < 0 ? 1 : 2, sizes, strides, dtype, device.type,
+                                                         device.index, &made);
+    return Tensor(failed ? nullptr : made);
+}
+inline Tensor empty(Device device, int32_t dtype, int64_t rows, int64_t columns = -1) {
+    Tensor made = try_empty(device, dtype, rows, columns);
+    check(!made, "empty");
+    return made;
+}
+// On the CPU.
+inline Tensor empty(int32_t dtype, int64_t rows, int64_t columns = -1) {
+    return empty({shim.aoti_torch_device_type_cpu, 0}, dtype, rows, columns);
 }
 
 // A matrix in memory of ours.
