@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
+import functools
 import os
 import shutil
 import subprocess
@@ -36,19 +36,26 @@ class Twin:
     """The pretended device: `seed` orders its threads, `record` runs nothing, `fail` is the next launch's status."""
 
     def __init__(self, path):
-        self.library = cuda_library.open_library(path)
-        self._twin = ctypes.CDLL(str(path))
-        self._twin.twin_set.argtypes = (ctypes.c_uint64, ctypes.c_int32, ctypes.c_int32)
-        self._twin.twin_launches.restype = ctypes.c_int64
+        # The library's own registration, but for tensors of the CPU, and once for all tests of this process.
+        self.library = _opened(path)
+        self.functions = ctypes.CDLL(str(path))
+        self.functions.twin_set.argtypes = (ctypes.c_uint64, ctypes.c_int32, ctypes.c_int32)
+        for name in ("twin_launches", "twin_guarded"):
+            getattr(self.functions, name).restype = ctypes.c_int64
 
     def set(self, seed=0, record=False, fail=0):
-        self._twin.twin_set(seed, record, fail)
+        self.functions.twin_set(seed, record, fail)
 
     def launches(self):
-        """(blocks, threads, bytes of dynamic shared memory) of each launch since `set`."""
-        out = (ctypes.c_int64 * 300)()
-        count = self._twin.twin_launches(out, 100)
-        return [tuple(out[3 * i : 3 * i + 3]) for i in range(count)]
+        """(blocks, threads, bytes of dynamic shared memory, device) of each launch since `set`."""
+        out = (ctypes.c_int64 * 400)()
+        count = self.functions.twin_launches(out, 100)
+        return [tuple(out[4 * i : 4 * i + 4]) for i in range(count)]
+
+
+@functools.cache
+def _opened(path):
+    return cuda_library.open_library(path, namespace="adamss_twin", key="CPU", libtorch_cuda=path)
 
 
 @pytest.fixture
@@ -57,12 +64,9 @@ def twin(twin_file, monkeypatch):
     device = Twin(twin_file)
     device.set()
     monkeypatch.setattr(cuda, "load", lambda: device.library)
-    for module in (cuda, hopper):
-        monkeypatch.setattr(module, "place", lambda t: (0, None))
     monkeypatch.setattr(hopper, "_is_hopper", lambda _: False)
-    monkeypatch.setattr(cuda, "_current", lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(cuda, "_multiprocessors", lambda _: 2)
     monkeypatch.setattr(cuda, "why_unavailable", lambda device_type=None, dtype=None: None)
     ops._chosen.cache_clear()
     yield device
+    device.functions.twin_memory(0)
     ops._chosen.cache_clear()

@@ -6,7 +6,10 @@ import ctypes
 import itertools
 import mmap
 import os
-from pathlib import Path
+import re
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,11 +18,11 @@ from conftest import make_problem
 from torch import nn
 
 from adamss_kernels import adamss_linear, cuda, ops
-from adamss_kernels.compiled import cuda_library
+from adamss_kernels.compiled import cuda_library, of_torch
+from adamss_kernels.cuda import hopper
 from adamss_kernels.layout import block_diagonal, column_mask
 from adamss_kernels.subspaces import Subspaces
 
-ROOT = Path(__file__).parent.parent
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
 STATUS_INVALID_CONFIGURATION = 9
 
@@ -62,7 +65,57 @@ CASES = [
 @pytest.mark.parametrize(("shape", "dtype", "mask", "mode"), CASES)
 def test_the_kernels_keep_the_numerics_contract(twin, shape, dtype, mask, mode):
     """Errors of y and of every gradient are at most twice plain PyTorch's plus one rounding; masks are obeyed."""
-    dtype, sizes = DTYPES[dtype], SHAPES[shape]
+    check_numerics(SHAPES[shape], DTYPES[dtype], mask, mode)
+
+
+@pytest.mark.parametrize(("mask", "mode"), MASKS_AND_MODES)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("ranks", [(3,) * 5, (5, 3) * 4], ids=["15 columns of S", "32 columns of S"])
+def test_the_operands_of_the_fused_kernels_arrive(twin, monkeypatch, ranks, dtype, mask, mode):
+    """Base product and update in one, with loops in place of the kernels that a GPU alone can run."""
+    monkeypatch.setattr(hopper, "_is_hopper", lambda _: True)
+    monkeypatch.setattr(cuda.F, "linear", refuse_base(cuda.F.linear, 272))
+    check_numerics({"M": 70, "D": 24, "N": 272, "R": 9, "ranks": ranks}, DTYPES[dtype], mask, mode)
+    # prepare, and in backward prepare and finish, and where x was kept what follows
+    assert len(twin.launches()) == 3 + (mode == "input" and mask != "none")
+
+
+@pytest.mark.parametrize("mode", ["projection", "input"])
+@pytest.mark.parametrize("A_dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_strides_and_dtypes_do_not_matter_to_the_fused_kernels(twin, monkeypatch, A_dtype, mode):
+    monkeypatch.setattr(hopper, "_is_hopper", lambda _: True)
+    bf16, (M, N, D) = torch.bfloat16, (66, 144, 24)
+    problem = make_problem(M=M, D=D, N=N, R=7, ranks=(2, 3)).to(bf16, torch.float32)
+    dy = torch.randn(M, N + 8).to(bf16)[:, :N]
+    results = []
+    for dense in (True, False):
+        x, weight, bias, basis, a, B, C, layout = (t.detach() if isinstance(t, torch.Tensor) else t
+                                                   for t in problem.operands)  # fmt: skip
+        B, C = B.to(bf16).float(), C.to(bf16).float()
+        if not dense:
+            both = torch.cat((basis, a[:, None]), 1).to(A_dtype)
+            basis, a, bias = both[:, :D], both[:, D], bias.repeat_interleave(2)[::2]
+            x, weight = (torch.cat((t, t[:, :8]), 1)[:, :D] for t in (x, weight))
+            B, C = B.t().contiguous().t().to(bf16), C.to(bf16).t().contiguous().t()
+        leaves = [t.requires_grad_() for t in (x, B, C)]
+        y = adamss_linear(x, weight, bias, basis, a, B, C, layout, save_for_backward=mode, backend="cuda")
+        results.append((y, *torch.autograd.grad(y, leaves, dy.contiguous() if dense else dy)))
+    assert len(twin.launches()) == 2 * (3 + (mode == "input"))
+    for got, want in zip(*results, strict=True):
+        assert relative_error(got.float(), want.float()) <= 4 * torch.finfo(bf16).eps
+
+
+def refuse_base(linear, N):
+    """`linear`, but not for the base product, which has N columns."""
+
+    def call(x, weight, bias=None):
+        assert weight.shape[0] != N
+        return linear(x, weight, bias)
+
+    return call
+
+
+def check_numerics(sizes, dtype, mask, mode):
     acc = torch.promote_types(dtype, torch.float32)
     problem = make_problem(**sizes).to(dtype, acc)
     exact, plain = problem.to(torch.float64), problem.to(dtype)
@@ -221,7 +274,10 @@ def boxed(t, fill):
 @pytest.mark.parametrize("N", [272, 301])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nothing_outside_the_tensors_is_read_or_written(twin, dtype, N, monkeypatch):
-    """Operands, outputs and scratch lie in NaN: a read beyond them spoils a result, a write beyond them is seen."""
+    """Operands, outputs and scratch lie in NaN: a read beyond them spoils a result, a write beyond them is seen.
+
+    What the operators make ends, besides, where reading is an end to the process.
+    """
     dtype = DTYPES[dtype]
     problem = make_problem(M=67, D=20, N=N, R=6, ranks=(3, 1, 2)).to(dtype, torch.promote_types(dtype, torch.float32))
     checks = []
@@ -231,11 +287,6 @@ def test_nothing_outside_the_tensors_is_read_or_written(twin, dtype, N, monkeypa
         checks.append(is_untouched)
         return inside
 
-    def new_empty(t, *size, dtype=None):
-        shape = size[0] if isinstance(size[0], (tuple, torch.Size)) else size
-        return box(torch.full(shape if isinstance(shape, (tuple, torch.Size)) else (shape,), float("nan"),
-                              dtype=dtype or t.dtype))  # fmt: skip
-
     masks = torch.tensor([True, True, False]), torch.tensor([True, False, True])
     *operands, subspaces = problem.raw(*masks)
     x, weight, bias, B, C = map(box, operands)
@@ -243,13 +294,14 @@ def test_nothing_outside_the_tensors_is_read_or_written(twin, dtype, N, monkeypa
     subspaces = Subspaces(box(basis), box(basis_bias), *(box(t, 10**6) for t in rows), *masks)
     linear = torch.nn.functional.linear
     monkeypatch.setattr(cuda.F, "linear", lambda *args: box(linear(*args)))
-    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    twin.functions.twin_memory(1)
     y, S, P = cuda.forward(x, weight, bias, B, C, subspaces, True, True)
     dy = box(torch.randn(67, N).to(dtype))
     gradients = cuda.backward(dy, None, S, P, weight, B, C, subspaces, [True, False, False, True, True])
     results = (y, S, P, *(t for t in gradients if t.numel()))
     assert all(torch.isfinite(t).all() for t in results)
     assert all(check() for check in checks)
+    assert twin.functions.twin_guarded() >= 8
 
 
 def guarded(t):
@@ -269,24 +321,18 @@ def guarded(t):
 def test_not_a_byte_beyond_the_last_is_read(twin, shape, N):
     ranks = SHAPES[shape]["ranks"]
     M, K, rho, r_max = 67, len(ranks), sum(ranks), max(ranks)
-    rows = guarded((torch.arange(N) % K).to(torch.int32))
-    offsets = guarded(torch.tensor([0, *itertools.accumulate(ranks)], dtype=torch.int32))
-    masks = [guarded(torch.ones(K, dtype=torch.uint8)) for _ in "ab"]
-    layout = cuda_library.Layout(N, K, *(t.data_ptr() for t in (rows, offsets, *masks)))
-    plan = twin.library.delta_bwd_plan(2, M, N, rho, 2)
-    y, dS = guarded(torch.zeros(M, N, dtype=torch.bfloat16)), guarded(torch.zeros(M, rho, dtype=torch.bfloat16))
-    S, C, dC = guarded(torch.zeros(M, rho)), guarded(torch.zeros(N, r_max)), guarded(torch.zeros(N, r_max))
-    parts = guarded(torch.zeros(plan.stretches, M, rho)), guarded(torch.zeros(plan.parts, N, r_max))
-    at = {name: t.data_ptr() for name, t in {"y": y, "S": S, "C": C}.items()}
-    backward = (t.data_ptr() for t in (S, C, dS, parts[0], dC, parts[1]))
-    forward_args = cuda_library.DeltaFwdArgs(0, None, 2, M, rho, r_max, at["y"], N, at["S"], at["C"], layout)
-    backward_args = cuda_library.DeltaBwdArgs(0, None, 2, M, rho, r_max, at["y"], N, 1, *backward, plan, layout)
+    offsets = torch.tensor([0, *itertools.accumulate(ranks)], dtype=torch.int32)
+    rows = guarded((torch.arange(N) % K).to(torch.int32)), guarded(offsets)
+    active, trainable = (guarded(torch.ones(K, dtype=torch.bool)) for _ in "ab")
+    y = guarded(torch.zeros(M, N, dtype=torch.bfloat16))
+    S, C = guarded(torch.zeros(M, rho)), guarded(torch.zeros(N, r_max))
     child = os.fork()
     if child == 0:
-        # Nothing but the library runs here: torch's threads did not come along.
-        twin.library.delta_fwd(forward_args)
-        twin.library.delta_bwd(backward_args)
-        os._exit(0)
+        # Little but the library runs here: torch's threads did not come along.
+        twin.functions.twin_memory(1)
+        twin.library.delta_fwd(y, S, C, *rows, active)
+        twin.library.delta_bwd(y, S, C, *rows, active, trainable, rho, True)
+        os._exit(0 if twin.functions.twin_guarded() >= 3 else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
@@ -296,28 +342,36 @@ def test_rows_of_pruned_subspaces_are_not_written(twin):
     y = torch.full((3, 16), -0.0, dtype=torch.bfloat16)
     S, C = torch.zeros(3, 2), torch.ones(16, 1)
     offsets, active = torch.tensor([0, 1, 2], dtype=torch.int32), torch.tensor([True, False])
-    args = (3, 2, 1, y.data_ptr(), 16, S.data_ptr(), C.data_ptr(), cuda.layout_of(rows, offsets, active, None))
-    twin.library.delta_fwd(cuda_library.DeltaFwdArgs(0, None, 2, *args))
+    twin.library.delta_fwd(y, S, C, rows, offsets, active)
     assert torch.signbit(y[:, 8:]).all()
     assert not torch.signbit(y[:, :8]).any()
 
 
 def test_a_failed_launch_names_kernel_shape_and_device(twin):
+    # The number of a tensor's device on the CPU is -1.
     problem = make_problem(M=5, dtype=torch.float32)
     twin.set(fail=STATUS_INVALID_CONFIGURATION)
-    message = r"input_projection failed on cuda:0 for .*RHO=6, R=5, D=13.*: invalid configuration argument"
+    message = r"input_projection failed on cuda:-1 for RHO=6, R=5, D=13, N=0, K=3: invalid configuration argument"
     with pytest.raises(RuntimeError, match=message):
         adamss_linear(*problem.operands, backend="cuda")
     y = adamss_linear(*problem.operands, backend="cuda")
     twin.set(fail=STATUS_INVALID_CONFIGURATION)
-    with pytest.raises(RuntimeError, match=r"delta_bwd failed on cuda:0 for M=5, RHO=6, r_max=3, N=11, K=3: invalid"):
+    with pytest.raises(RuntimeError, match=r"delta_bwd failed on cuda:-1 for M=5, RHO=6, r_max=3, N=11, K=3: invalid"):
         torch.autograd.grad(y.sum(), problem.C)
 
 
-def bwd_args(dtype, M, N, rho, r_max, plan):
-    layout = cuda_library.Layout(N, 10, *[None] * 4)
-    # Addresses that nothing reads: launches are only recorded.
-    return cuda_library.DeltaBwdArgs(0, None, dtype, M, rho, r_max, 16, N, 1, 16, 16, 16, 16, 16, 16, plan, layout)
+def plan_of(twin, *sizes):
+    """Stretches of rows of C, their width, and parts of dC, for a dtype's number, M, N, RHO and multiprocessors."""
+    out = (ctypes.c_int64 * 3)()
+    twin.functions.twin_plan(*map(ctypes.c_int64, sizes), out)
+    return tuple(out)
+
+
+def launch(twin, kernel, *sizes):
+    """Launch `delta_fwd` or `delta_bwd` on nothing: a dtype's number, M, N, RHO, r_max and the plan."""
+    function = getattr(twin.functions, f"twin_{kernel}")
+    function.restype = ctypes.c_char_p
+    return function(*map(ctypes.c_int64, sizes))
 
 
 @pytest.mark.parametrize("dtype", [0, 1, 2, 3])
@@ -338,45 +392,101 @@ def test_every_launch_stays_within_the_limits_of_the_grid(twin, dtype, M, N, rho
     size_X = {0: 4, 1: 8, 2: 2, 3: 2}[dtype]
     size_T = 8 if dtype == 1 else 4
     twin.set(record=True)
-    layout = cuda_library.Layout(N, 10, *[None] * 4)
-    twin.library.delta_fwd(cuda_library.DeltaFwdArgs(0, None, dtype, M, rho, r_max, 16, N, 16, 16, layout))
-    ((blocks, threads, shared),) = twin.launches()
+    assert launch(twin, "delta_fwd", dtype, M, N, rho, r_max) is None
+    ((blocks, threads, shared, _),) = twin.launches()
     assert blocks * 64 * 32 * (16 // size_X) >= M * N
     assert shared <= 48 * 1024 and threads == 256
     if shared:
         assert shared >= (4 * rho + r_max * 32 * (16 // size_X)) * size_T
 
-    plan = twin.library.delta_bwd_plan(dtype, M, N, rho, 132)
-    assert plan.width % (256 // size_X) == 0
-    assert (plan.stretches - 1) * plan.width < N <= plan.stretches * plan.width
-    assert plan.parts == -(-M // 64) * (128 * size_X // 256)
+    stretches, width, parts = plan = plan_of(twin, dtype, M, N, rho, 132)
+    assert width % (256 // size_X) == 0
+    assert (stretches - 1) * width < N <= stretches * width
+    assert parts == -(-M // 64) * (128 * size_X // 256)
     twin.set(record=True)
-    twin.library.delta_bwd(bwd_args(dtype, M, N, rho, r_max, plan))
+    assert launch(twin, "delta_bwd", dtype, M, N, rho, r_max, *plan) is None
     launches = twin.launches()
-    assert launches[0][0] == -(-M // 64) * -(-rho * size_T // 192) * plan.stretches
+    assert launches[0][0] == -(-M // 64) * -(-rho * size_T // 192) * stretches
     # With the tile of dy and its indices, which the kernel declares, it fits what every GPU gives a block.
     assert launches[0][2] + 64 * (256 + max(4, size_X)) + 4 * 256 // size_X <= 48 * 1024
-    assert len(launches) == 2 + (plan.stretches > 1)
+    assert len(launches) == 2 + (stretches > 1)
     assert launches[-1][0] * 32 >= N * r_max
-    if plan.stretches > 1:
+    if stretches > 1:
         assert launches[1][0] * 256 >= M * rho
 
 
 def test_a_grid_beyond_the_limit_is_refused_by_name(twin):
     twin.set(record=True)
     M, N = 1 << 34, 1 << 20
-    with pytest.raises(RuntimeError, match=r"delta_fwd failed on cuda:0 for M=17179869184.*more than 2\^31 - 1 blocks"):
-        layout = cuda_library.Layout(N, 10, *[None] * 4)
-        twin.library.delta_fwd(cuda_library.DeltaFwdArgs(0, None, 2, M, 30, 3, 16, N, 16, 16, layout))
-    with pytest.raises(RuntimeError, match=r"delta_bwd failed .*more than 2\^31 - 1 blocks"):
-        plan = cuda_library.Plan(100, 128, 1)
-        twin.library.delta_bwd(bwd_args(2, M, N, 30, 3, plan))
+    y, S = (torch.zeros(1, 1, dtype=dtype).expand(M, n) for dtype, n in ((torch.bfloat16, N), (torch.float32, 30)))
+    rows, offsets = torch.zeros(1, dtype=torch.int32).expand(N), torch.zeros(11, dtype=torch.int32)
+    message = r"delta_fwd failed on cuda:-1 for M=17179869184, RHO=30, r_max=3, N=1048576, K=10: more than 2\^31 - 1 bl"
+    with pytest.raises(RuntimeError, match=message):
+        twin.library.delta_fwd(y, S, torch.zeros(N, 3), rows, offsets, None)
+    assert launch(twin, "delta_bwd", 2, M, N, 30, 3, 100, 128, 1) == b"more than 2^31 - 1 blocks of threads"
     assert twin.launches() == []
 
 
 def test_the_plan_fills_the_gpu(twin):
-    plan = twin.library.delta_bwd_plan
-    assert plan(2, 64, 4096, 30, 132).stretches == 32  # every tile of one row of tiles
-    assert plan(2, 4096, 4096, 30, 132).stretches == 8
-    assert plan(2, 1 << 20, 4096, 30, 132).stretches == 1
-    assert plan(2, 0, 4096, 30, 132).parts == 0
+    assert plan_of(twin, 2, 64, 4096, 30, 132)[0] == 32  # every tile of one row of tiles
+    assert plan_of(twin, 2, 4096, 4096, 30, 132)[0] == 8
+    assert plan_of(twin, 2, 1 << 20, 4096, 30, 132)[0] == 1
+    assert plan_of(twin, 2, 0, 4096, 30, 132)[2] == 0
+
+
+def test_kernels_run_on_the_device_and_stream_of_their_tensors_and_leave_the_current_device(twin):
+    assert twin.functions.twin_device() == 0
+    problem = make_problem(dtype=torch.float32)
+    y = adamss_linear(*problem.operands, trainable=torch.tensor([True, False, True]), backend="cuda")
+    torch.autograd.grad(y.sum(), (problem.x, problem.B, problem.C))
+    assert {device for *_, device in twin.launches()} == {-1}
+    assert twin.functions.twin_stream() == 1000 - 1
+    assert twin.functions.twin_device() == 0
+    twin.set(fail=STATUS_INVALID_CONFIGURATION)
+    with pytest.raises(RuntimeError):
+        adamss_linear(*problem.operands, backend="cuda")
+    assert twin.functions.twin_device() == 0
+
+
+def test_a_lack_of_memory_is_torchs_own_error(twin):
+    problem = make_problem(dtype=torch.float32)
+    twin.functions.twin_memory(2)
+    with pytest.raises(torch.OutOfMemoryError, match=r"CUDA out of memory.*input_projection needs 6 x 13 elements"):
+        adamss_linear(*problem.operands, backend="cuda")
+
+
+def test_a_torch_that_lacks_a_function_is_named(twin_file, tmp_path):
+    # A copy: other tests use the functions that the twin has found.
+    copy = shutil.copy(twin_file, tmp_path / "copy.so")
+    with pytest.raises(OSError, match=rf"torch {re.escape(torch.__version__)} does not export aoti_torch_create_cuda"):
+        # It exports what every torch does, and nothing for CUDA.
+        cuda_library.open_library(copy, "adamss_elsewhere", "CPU", of_torch("c10"))
+    with pytest.raises(OSError, match="has not loaded .*libtorch_cuda.so"):
+        cuda_library.open_library(copy, "adamss_elsewhere", "CPU", tmp_path / "libtorch_cuda.so")
+    with pytest.raises(OSError, match="not a library"):
+        (tmp_path / "not a library").write_text("")
+        cuda_library.open_library(tmp_path / "not a library")
+
+
+def test_the_operators_stand_beside_those_of_the_package_and_take_tensors_of_cuda_alone(twin_file):
+    code = """
+import sys
+from pathlib import Path
+import torch
+from adamss_kernels import AdaMSSConfig, FusedAdaMSSLinear
+from adamss_kernels.compiled import cuda_library
+path = Path(sys.argv[1])
+library = cuda_library.open_library(path, libtorch_cuda=path)
+assert torch.ops.adamss_kernels.cuda_mask_rows and torch.ops.adamss_kernels.cuda_forward
+layer = FusedAdaMSSLinear.from_linear(torch.nn.Linear(8, 6), AdaMSSConfig(r=4, num_subspaces=2))
+layer(torch.randn(3, 8)).sum().backward()
+rows, offsets = torch.zeros(1, dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
+try:
+    library.mask_rows(torch.zeros(1, 1), rows, offsets, None, None)
+except NotImplementedError as error:
+    assert "'CPU' backend" in str(error)
+else:
+    raise AssertionError("a kernel ran on the CPU's memory")
+"""
+    done = subprocess.run([sys.executable, "-c", code, twin_file], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -57,10 +57,15 @@ def test_build_cuda_writes_into_a_folder_keyed_on_sources_compiler_and_architect
     assert runs(cache) == 2
     before = cuda_library.cache_folder()
     changed = cache.parent / "changed"
-    shutil.copytree(cuda_compile.sources(), changed)
-    (changed / "forward.h").write_text("// another kernel\n")
-    monkeypatch.setattr(cuda_compile, "sources", lambda: changed)
-    assert cuda_library.cache_folder() != before
+    shutil.copytree(cuda_compile.csrc(), changed)
+    monkeypatch.setattr(cuda_compile, "csrc", lambda: changed)
+    assert cuda_library.cache_folder() == before
+    for name in ("cuda/forward.h", "cuda/operators.cpp", "torch/shim.h"):
+        text = (changed / name).read_text()
+        (changed / name).write_text("// another kernel\n")
+        assert cuda_library.cache_folder() != before, name
+        (changed / name).write_text(text)
+    (changed / "torch/shim.h").write_text("// another shim\n")
     assert cuda_library._find() != before / target().parent.name / cuda_compile.NAME
 
 

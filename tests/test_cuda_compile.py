@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import re
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from adamss_kernels.compiled import cuda_compile, cuda_library
 
@@ -74,7 +76,7 @@ def test_the_kept_table_lists_every_kernel_and_architecture(rows):
 
 def test_the_update_moves_sixteen_bytes_at_a_time_and_nothing_is_atomic(tmp_path):
     out = tmp_path / "kernels.ptx"
-    command = [NVCC, "-O3", "-std=c++17", "-arch=compute_90", "-ptx", str(cuda_compile.sources() / "launch.cu")]
+    command = [NVCC, "-O3", "-std=c++17", "-arch=compute_90", "-ptx", str(cuda_compile.csrc() / "cuda" / "launch.cu")]
     subprocess.run([*command, "-o", str(out)], check=True, capture_output=True)
     ptx = out.read_text()
     assert not re.search(r"\batom\b|\batom\.|\bred\.", ptx)
@@ -90,15 +92,17 @@ def test_the_update_moves_sixteen_bytes_at_a_time_and_nothing_is_atomic(tmp_path
             assert re.search(rf"ld\.global\S*{wide}", entry)
 
 
-def test_a_library_of_one_architecture_loads_and_says_what_it_is_for(tmp_path):
+def test_a_library_of_one_architecture_loads_and_says_what_it_is_for(tmp_path, twin_file):
     path = tmp_path / cuda_compile.NAME
     cuda_compile.compile_library(NVCC, ("80",), path)
-    library = cuda_library.open_library(path)
+    assert cuda_library.architectures(path) == "80+PTX"
+    # The twin lends what a torch without CUDA lacks. Without a GPU or a driver the first launch fails, and says where.
+    ctypes.CDLL(str(twin_file))
+    library = cuda_library.open_library(path, "adamss_sm_80", "CPU", twin_file)
     assert library.architectures == "80+PTX"
-    # Without a GPU or a driver the first launch fails, and the error says where and why.
-    layout = cuda_library.Layout(1, 1, *[None] * 4)
-    with pytest.raises(RuntimeError, match=r"mask_rows failed on cuda:99 for RHO=1, R=1, N=1, K=1: "):
-        library.mask_rows(cuda_library.MaskRowsArgs(99, None, 0, 1, 1, None, layout))
+    rows, offsets = torch.zeros(1, dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
+    with pytest.raises(RuntimeError, match=r"mask_rows failed on cuda:-1: \w+"):
+        library.mask_rows(torch.zeros(1, 1), rows, offsets, None, None)
     # CUDA's runtime is inside.
     needed = subprocess.run(["ldd", str(path)], capture_output=True, text=True, check=False).stdout
     assert "libcudart" not in needed

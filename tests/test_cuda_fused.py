@@ -8,10 +8,8 @@ import pytest
 import torch
 
 from adamss_kernels import SubspaceLayout, ops
-from adamss_kernels.compiled.cuda_library import FusedArgs
 from adamss_kernels.cuda import hopper
 from adamss_kernels.layout import block_diagonal, column_mask, gather_index
-from adamss_kernels.subspaces import Subspaces
 
 CASES = {
     "30 columns of S": {"M": 70, "D": 40, "N": 300, "R": 100, "ranks": (3,) * 10},
@@ -25,20 +23,24 @@ MASKS = ["", "active", "trainable", "both"]
 
 
 @pytest.fixture
-def library(twin):
-    loaded = ctypes.CDLL(str(twin.library.path))
-    loaded.twin_prepare.argtypes = (ctypes.POINTER(FusedArgs), *(ctypes.c_void_p,) * 5)
-    loaded.twin_finish.argtypes = (ctypes.POINTER(FusedArgs), *(ctypes.c_void_p,) * 3, ctypes.c_int64, ctypes.c_void_p)
-    return loaded
+def watch(twin):
+    """Say where the next fused calls prepare into: Q, q, C^T, S, P; which parts they finish; and where G is."""
+    function = twin.functions.twin_watch
+    function.argtypes = (*(ctypes.c_void_p,) * 8, ctypes.c_int64, ctypes.c_void_p)
+
+    def call(*tensors, splits=0, G=None):
+        function(*(t if t is None else t.data_ptr() for t in tensors), splits, G if G is None else G.data_ptr())
+
+    yield call
+    call(*(None,) * 8)
 
 
 @pytest.fixture(params=CASES)
-def case(request, monkeypatch):
+def case(request):
     sizes = CASES[request.param]
     M, D, N, R, ranks = (sizes[name] for name in ("M", "D", "N", "R", "ranks"))
     K, bf16 = len(ranks), torch.bfloat16
     rows = torch.cat((torch.arange(K), torch.randint(0, K, (N - K,)))).to(torch.int32)
-    monkeypatch.setattr(hopper, "_multiprocessors", lambda _: 2)
     return {
         "x": torch.randn(M, D).to(bf16),
         "weight": torch.randn(N, D).to(bf16),
@@ -57,64 +59,72 @@ def masks(name, K):
     return active, trainable
 
 
-def operands(case, active, trainable, with_basis=True):
-    c, layout = case, case["layout"]
-    basis, a = (c["basis"], c["basis_bias"]) if with_basis else (None, None)
-    B = c["B"] if with_basis else torch.randn(layout.rho, c["x"].shape[1])
-    subspaces = Subspaces(basis, a, layout.row_subspace, layout.offsets, active, trainable)
-    args, held = hopper._operands(c["x"], c["x"], c["weight"], c["bias"], B, c["C"], subspaces)
-    return args, held, B
+def operands(case, mask, with_basis=True):
+    """weight, bias, B, C, basis and a, row map, offsets, active and trainable."""
+    layout = case["layout"]
+    basis, a = (case["basis"], case["basis_bias"]) if with_basis else (None, None)
+    B = case["B"] if with_basis else torch.randn(layout.rho, case["x"].shape[1])
+    rows = layout.row_subspace, layout.offsets, *masks(mask, layout.num_subspaces)
+    return case["weight"], case["bias"], B, case["C"], basis, a, rows
+
+
+def nan(*shape, dtype=torch.bfloat16):
+    return torch.full(shape, torch.nan, dtype=dtype)
 
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("with_basis", [True, False], ids=["basis", "no basis"])
-def test_prepare_pads_projects_and_masks(library, case, mask, with_basis):
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_prepare_pads_projects_and_masks(twin, watch, case, mask, with_basis, direction):
     M, D, N = *case["x"].shape, case["weight"].shape[0]
     layout, rho = case["layout"], case["layout"].rho
-    active, trainable = masks(mask, layout.num_subspaces)
-    args, _held, B = operands(case, active, trainable, with_basis)
-    R, rows = B.shape[1], args.RHO_PAD
+    weight, bias, B, C, basis, a, rows = operands(case, mask, with_basis)
+    R, forward = B.shape[1], direction == "forward"
+    padded = -(-(rho + forward) // 32) * 32  # a bias takes one more
     S, P = torch.randn(M, rho), torch.randn(M, R).to(torch.bfloat16)
-    args.S, args.P = S.data_ptr(), P.data_ptr()
-    bf16 = torch.bfloat16
-    shapes = ((rows, D), (rows, N), (M, rows), (M, -(-R // 8) * 8))
-    Q, Ct, S_, P_ = (torch.full(shape, torch.nan, dtype=bf16) for shape in shapes)
-    q = torch.full((rows,), torch.nan)
-    assert library.twin_prepare(args, *(t.data_ptr() for t in (Q, q, Ct, S_, P_))) == 0
+    Q, Ct, S_, P_ = nan(padded, D), nan(padded, N), nan(M, padded), nan(M, -(-R // 8) * 8)
+    q = nan(padded, dtype=torch.float32)
+    watch(Q, q, Ct, S_, P_, None, None, None)
+    if forward:
+        twin.library.fused_forward(case["x"], weight, bias, B, C, basis, a, *rows[:3], True)
+    else:
+        dy = torch.randn(M, N).to(torch.bfloat16)
+        twin.library.fused_backward(dy, None, S, P, weight, B, C, basis, a, *rows, True, True)
+        assert torch.equal(S_[:, :rho], S.to(torch.bfloat16))
+        assert not S_[:, rho:].any()
+        assert torch.equal(P_[:, :R], P)
+        assert not P_[:, R:].any()
+    active = rows[2]
     on = torch.ones(rho, dtype=torch.bool) if active is None else column_mask(active, layout.offsets, rho)
     exact_Q = (B @ case["basis"].float() if with_basis else B) * on[:, None]
     assert torch.allclose(Q[:rho].float(), exact_Q, rtol=2**-7, atol=1e-3)
     assert not Q[rho:].any()
     exact_q = B @ case["basis_bias"].float() * on if with_basis else torch.zeros(rho)
     assert torch.allclose(q[:rho], exact_q, rtol=1e-5, atol=1e-4)
-    assert q[rho:].tolist() == [1.0] + [0.0] * (rows - rho - 1)
     exact_Ct = block_diagonal(case["C"], layout.row_subspace, layout.offsets, rho) * on[:, None]
-    assert torch.equal(Ct[:rho], exact_Ct.to(bf16))
-    assert torch.equal(Ct[rho], case["bias"])
-    assert not Ct[rho + 1 :].any()
-    assert torch.equal(S_[:, :rho], S.to(bf16))
-    assert not S_[:, rho:].any()
-    assert torch.equal(P_[:, :R], P)
-    assert not P_[:, R:].any()
+    assert torch.equal(Ct[:rho], exact_Ct.to(torch.bfloat16))
+    if forward:
+        assert q[rho:].tolist() == [1.0] + [0.0] * (padded - rho - 1)
+        assert torch.equal(Ct[rho], case["bias"])
+    assert not Ct[rho + forward :].any()
 
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("through_x", [True, False], ids=["x", "P"])
-def test_finish_adds_parts_and_masks(library, case, mask, through_x):
-    D, N = case["x"].shape[1], case["weight"].shape[0]
+def test_finish_adds_parts_and_masks(twin, watch, case, mask, through_x):
+    M, D, N = *case["x"].shape, case["weight"].shape[0]
     layout, rho = case["layout"], case["layout"].rho
-    active, trainable = masks(mask, layout.num_subspaces)
-    args, _held, B = operands(case, active, trainable)
-    R, rows, splits = B.shape[1], args.RHO_PAD, 11
+    weight, _, B, C, basis, a, rows = operands(case, mask)
+    R, padded, splits = B.shape[1], -(-rho // 32) * 32, 11
     Z = D if through_x else R
-    dy_parts, z_parts, sums = (torch.randn(splits, *shape) for shape in ((N, rows), (Z, rows), (rows,)))
-    dB, dC = torch.full_like(B, torch.nan), torch.full_like(case["C"], torch.nan)
-    G = torch.full((D + 1, rows), torch.nan)
-    args.dB, args.dC = dB.data_ptr(), dC.data_ptr()
-    pointers = [t.data_ptr() for t in (dy_parts, z_parts, sums)]
-    assert library.twin_finish(args, *pointers, splits, G.data_ptr() if through_x else None) == 0
+    dy_parts, z_parts, sums = (torch.randn(splits, *shape) for shape in ((N, padded), (Z, padded), (padded,)))
+    G = nan(D + 1, padded, dtype=torch.float32)
+    watch(*(None,) * 5, dy_parts, z_parts, sums, splits=splits, G=G)
+    x, P = (case["x"], None) if through_x else (None, torch.randn(M, R).to(torch.bfloat16))
+    dy, S = torch.randn(M, N).to(torch.bfloat16), torch.randn(M, rho)
+    _, dB, dC = twin.library.fused_backward(dy, x, S, P, weight, B, C, basis, a, *rows, True, True)
     learns = torch.ones(layout.num_subspaces, dtype=torch.bool)
-    for m in (active, trainable):
+    for m in rows[2:]:
         learns &= True if m is None else m
     columns = column_mask(learns, layout.offsets, rho)
     dense = dy_parts.sum(0)[:, :rho].double() * columns

@@ -18,7 +18,10 @@ ROOT = Path(__file__).parent.parent
 
 
 CUDA_SOURCES = {
-    f"adamss_kernels/compiled/csrc/{p.name}" for p in (ROOT / "csrc/cuda").iterdir() if p.suffix in (".cu", ".h")
+    f"adamss_kernels/compiled/csrc/{folder}/{p.name}"
+    for folder in ("cuda", "torch")
+    for p in (ROOT / "csrc" / folder).iterdir()
+    if p.suffix in (".cu", ".cpp", ".h")
 }
 
 

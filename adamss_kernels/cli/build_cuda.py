@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     except (OSError, RuntimeError, ValueError) as error:
         print(f"build-cuda: {error}")
         return 1
-    print(f"{target}: for {cuda_library.open_library(target).architectures}")
+    print(f"{target}: for {cuda_library.architectures(target)}")
     return 0
 
 

@@ -20,17 +20,18 @@ ARCHITECTURES = ("80", "90", "100", "120")
 HOW_TO_BUILD = "with CUDA's compiler, nvcc, at hand, `adamss-kernels build-cuda` builds it"
 
 
-def sources() -> Path:
-    """Return the folder of the CUDA sources: beside this file in an installed package, else in the source tree."""
+def csrc() -> Path:
+    """Return the folder of all sources: beside this file in an installed package, else in the source tree."""
     installed = Path(__file__).parent / "csrc"
-    return installed if installed.is_dir() else Path(__file__).parents[2] / "csrc" / "cuda"
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "csrc"
 
 
 def source_hash(folder: Path) -> str:
-    """Return a hash of the names and contents of all that is compiled."""
+    """Return a hash of the names and contents of all in `csrc` that is compiled."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".cu", ".h")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in sorted(p for name in ("cuda", "torch") for p in (folder / name).iterdir()):
+        if path.suffix in (".cu", ".cpp", ".h"):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 
@@ -74,7 +75,7 @@ def command(nvcc: str, architectures: Sequence[str], out: Path, *options: str) -
         # CUDA's runtime is linked in: what torch brings, or does not bring, is not needed.
         *("--shared", "-cudart=static", "-Xcompiler=-fPIC,-Wall,-Wextra", f"--threads={os.cpu_count() or 1}"),
         f'-DADAMSS_CUDA_ARCHITECTURES="{" ".join(names(architectures))}"',
-        *(*options, *(str(path) for path in sorted(sources().glob("*.cu"))), "-o", str(out)),
+        *(*options, *(str(path) for path in sorted((csrc() / "cuda").glob("*.c*"))), "-o", str(out)),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Finds and loads the CUDA library, and declares its interface (csrc/cuda/interface.h) to ctypes."""
+"""Finds and loads the CUDA library, whose launches (csrc/cuda/operators.h) are operators of torch from then on."""
 
 from __future__ import annotations
 
@@ -6,167 +6,73 @@ import ctypes
 import functools
 import os
 from collections.abc import Callable
-from ctypes import c_char_p, c_int32, c_int64, c_void_p
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from . import build_state, cuda_compile, find
+import torch
+from torch import Tensor
 
-
-class Layout(ctypes.Structure):
-    """`adamss_cuda_layout`."""
-
-    _fields_ = (
-        *((name, c_int64) for name in ("N", "K")),
-        *((name, c_void_p) for name in ("row_subspace", "offsets", "active", "trainable")),
-    )
-
-
-class Plan(ctypes.Structure):
-    """`adamss_cuda_plan`."""
-
-    _fields_ = tuple((name, c_int64) for name in ("stretches", "width", "parts"))
-
-
-class InputProjectionArgs(ctypes.Structure):
-    """`adamss_cuda_input_projection_args`."""
-
-    _fields_ = (
-        ("device", c_int64),
-        ("stream", c_void_p),
-        *((name, c_int64) for name in ("dtype", "A_dtype", "RHO", "R", "D")),
-        *((name, c_void_p) for name in ("B", "A")),
-        *((name, c_int64) for name in ("stride_ar", "stride_ad")),
-        ("a", c_void_p),
-        ("stride_a", c_int64),
-        *((name, c_void_p) for name in ("Q", "q")),
-        ("layout", Layout),
-    )
-
-
-class DeltaFwdArgs(ctypes.Structure):
-    """`adamss_cuda_delta_fwd_args`."""
-
-    _fields_ = (
-        ("device", c_int64),
-        ("stream", c_void_p),
-        *((name, c_int64) for name in ("dtype", "M", "RHO", "r_max")),
-        ("y", c_void_p),
-        ("stride_ym", c_int64),
-        *((name, c_void_p) for name in ("S", "C")),
-        ("layout", Layout),
-    )
-
-
-class DeltaBwdArgs(ctypes.Structure):
-    """`adamss_cuda_delta_bwd_args`."""
-
-    _fields_ = (
-        ("device", c_int64),
-        ("stream", c_void_p),
-        *((name, c_int64) for name in ("dtype", "M", "RHO", "r_max")),
-        ("dy", c_void_p),
-        *((name, c_int64) for name in ("stride_dym", "stride_dyn")),
-        *((name, c_void_p) for name in ("S", "C", "dS", "dS_parts", "dC", "dC_parts")),
-        ("plan", Plan),
-        ("layout", Layout),
-    )
-
-
-class MaskRowsArgs(ctypes.Structure):
-    """`adamss_cuda_mask_rows_args`."""
-
-    _fields_ = (
-        ("device", c_int64),
-        ("stream", c_void_p),
-        *((name, c_int64) for name in ("dtype", "RHO", "R")),
-        ("dB", c_void_p),
-        ("layout", Layout),
-    )
-
-
-class FusedArgs(ctypes.Structure):
-    """`adamss_cuda_fused_args`."""
-
-    _fields_ = (
-        ("device", c_int64),
-        ("stream", c_void_p),
-        *((name, c_int64) for name in ("dtype", "A_dtype", "M", "D", "RHO", "RHO_PAD", "R", "r_max")),
-        ("multiprocessors", c_int64),
-        ("x", c_void_p),
-        ("stride_xm", c_int64),
-        ("W", c_void_p),
-        ("stride_wn", c_int64),
-        *((name, c_void_p) for name in ("bias", "A")),
-        *((name, c_int64) for name in ("stride_ar", "stride_ad")),
-        ("a", c_void_p),
-        ("stride_a", c_int64),
-        *((name, c_void_p) for name in ("B", "C", "y", "S", "dy")),
-        ("stride_dym", c_int64),
-        *((name, c_void_p) for name in ("P", "dx", "dB", "dC", "workspace")),
-        ("layout", Layout),
-    )
+from . import build_state, cuda_compile, find, of_torch, register
 
 
 class Library(NamedTuple):
-    """The loaded library; a kernel that cannot be launched raises RuntimeError with its name, shape and device."""
+    """The loaded library's operators; one whose kernel cannot be launched raises RuntimeError and names it."""
 
-    input_projection: Callable[[InputProjectionArgs], None]
-    delta_fwd: Callable[[DeltaFwdArgs], None]
-    delta_bwd: Callable[[DeltaBwdArgs], None]
-    mask_rows: Callable[[MaskRowsArgs], None]
-    fused: Callable[[FusedArgs], None]
-    fused_workspace: Callable[[FusedArgs], int]
-    delta_bwd_plan: Callable[[int, int, int, int, int], Plan]
+    input_projection: Callable[..., tuple[Tensor, Tensor]]
+    delta_fwd: Callable[..., None]
+    delta_bwd: Callable[..., tuple[Tensor, Tensor]]
+    mask_rows: Callable[..., None]
+    fused_forward: Callable[..., tuple[Tensor, Tensor]]
+    fused_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     architectures: str
-    path: Path
 
 
-def open_library(path: Path) -> Library:
-    """Load the library in the file `path`.
+def open_library(
+    path: Path, namespace: str = "adamss_kernels", key: str = "CUDA", libtorch_cuda: Path | None = None
+) -> Library:
+    """Load the library in the file `path`, and define its operators in `namespace`: once per namespace.
+
+    Args:
+        path: The library.
+        namespace: Of the operators.
+        key: The dispatch key of the tensors that they take.
+        libtorch_cuda: What exports torch's functions for CUDA; torch's own by default.
+
+    Raises:
+        OSError: It cannot be loaded, or this torch has not what it needs.
+    """
+    library = ctypes.CDLL(str(path))
+    words = (namespace, key, of_torch("torch_cpu"), libtorch_cuda or of_torch("torch_cuda"))
+    register(library, "adamss_cuda_register", *words)
+    operators = getattr(torch.ops, namespace)
+    names = [name for name in Library._fields if name != "architectures"]
+    called: dict[str, Any] = {name: _told(getattr(operators, f"cuda_{name}").default) for name in names}
+    return Library(**called, architectures=architectures(path))
+
+
+def architectures(path: Path) -> str:
+    """Return what the library in the file `path` was compiled for, as in "80 90+PTX", and register nothing.
 
     Raises:
         OSError: It cannot be loaded.
     """
-    library = ctypes.CDLL(str(path))
-    error, plan, architectures = (
-        getattr(library, f"adamss_cuda_{name}") for name in ("error", "delta_bwd_plan", "architectures")
-    )
-    error.restype, error.argtypes = c_char_p, (c_int32,)
-    plan.restype, plan.argtypes = Plan, (c_int64,) * 5
-    architectures.restype = c_char_p
-    workspace = library.adamss_cuda_fused_workspace
-    workspace.restype, workspace.argtypes = c_int64, (ctypes.POINTER(FusedArgs),)
-
-    def checked(name: str, args_type: type[ctypes.Structure]) -> Callable[..., None]:
-        function = getattr(library, f"adamss_cuda_{name}")
-        function.restype, function.argtypes = c_int32, (ctypes.POINTER(args_type),)
-
-        def call(args: ctypes.Structure) -> None:
-            status = function(args)
-            if status != 0:
-                raise RuntimeError(f"{name} failed on cuda:{args.device} for {_shape(args)}: {error(status).decode()}")
-
-        return call
-
-    return Library(
-        checked("input_projection", InputProjectionArgs),
-        checked("delta_fwd", DeltaFwdArgs),
-        checked("delta_bwd", DeltaBwdArgs),
-        checked("mask_rows", MaskRowsArgs),
-        checked("fused", FusedArgs),
-        workspace,
-        plan,
-        architectures().decode(),
-        path,
-    )
+    said = ctypes.CDLL(str(path)).adamss_cuda_architectures
+    said.restype = ctypes.c_char_p
+    return str(said().decode())
 
 
-def _shape(args: ctypes.Structure) -> str:
-    sizes = {
-        name: getattr(args, name) for name, *_ in args._fields_ if name in ("M", "D", "R", "E", "F", "RHO", "r_max")
-    }
-    return ", ".join(f"{name}={size}" for name, size in (sizes | {"N": args.layout.N, "K": args.layout.K}).items())
+def _told(operator: Callable[..., object]) -> Callable[..., object]:
+    """Return the operator with torch's own type for a lack of memory, which C++ can only put in words."""
+
+    def call(*operands: object) -> object:
+        try:
+            return operator(*operands)
+        except RuntimeError as error:
+            if str(error).startswith("CUDA out of memory"):
+                raise torch.OutOfMemoryError(str(error)) from None
+            raise
+
+    return call
 
 
 @functools.cache
@@ -194,7 +100,7 @@ def describe() -> dict[str, str]:
 def cache_folder() -> Path:
     """Return the folder under the user's cache for libraries of these very sources; it need not exist."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base, "adamss_kernels", "cuda", cuda_compile.source_hash(cuda_compile.sources())).absolute()
+    return Path(base, "adamss_kernels", "cuda", cuda_compile.source_hash(cuda_compile.csrc())).absolute()
 
 
 def _find() -> Path | None:

@@ -295,8 +295,6 @@ int32_t for_dtype(const Args& args, Scratch& scratch) {
 
 }  // namespace
 
-extern "C" {
-
 int64_t adamss_cuda_fused_workspace(const adamss_cuda_fused_args* args) {
     Scratch scratch = {nullptr};
     for_dtype(*args, scratch);
@@ -304,8 +302,6 @@ int64_t adamss_cuda_fused_workspace(const adamss_cuda_fused_args* args) {
 }
 
 int32_t adamss_cuda_fused(const adamss_cuda_fused_args* args) {
-    if (const cudaError_t status = cudaSetDevice(int(args->device))) return int32_t(status);
     Scratch scratch = {static_cast<uint8_t*>(args->workspace)};
     return for_dtype(*args, scratch);
-}
 }

@@ -1,14 +1,13 @@
-// The CUDA library's C interface: what `adamss_kernels/compiled/cuda_library.py` calls through ctypes.
+// What the operators (operators.cpp) hand to the launches (launch.cu, hopper.cu), without torch.
 //
 // Letters are those of docs/notation.md. x, y, dy, P and Q have the dtype that is named; B, C, S and the gradients of
 // parameters have its accumulation dtype, written T: double for double, float otherwise. Pointers are device memory;
-// strides count elements. Every function launches on `stream` of `device` and returns at once: 0, a cudaError_t, or
-// ADAMSS_TOO_LARGE; `adamss_cuda_error` puts it in words. Nothing is allocated here: scratch is the caller's.
+// strides count elements. Every function launches on `stream`, of the current device, and returns at once: 0, a
+// cudaError_t, or ADAMSS_TOO_LARGE; `adamss_cuda_error` puts it in words. Nothing is allocated here: scratch is the
+// caller's.
 #pragma once
 
 #include <cstdint>
-
-extern "C" {
 
 enum adamss_cuda_dtype : int64_t {
     ADAMSS_CUDA_FLOAT32 = 0,
@@ -29,7 +28,6 @@ struct adamss_cuda_layout {
 
 // Q = B A and q = B a, zero in the rows of pruned subspaces; Q = B where A is null, and then D = R.
 struct adamss_cuda_input_projection_args {
-    int64_t device;
     void* stream;
     int64_t dtype, A_dtype, RHO, R, D;
     const void* B;  // (RHO, R)
@@ -44,7 +42,6 @@ struct adamss_cuda_input_projection_args {
 
 // y += S C^T in place; columns of pruned subspaces are left out.
 struct adamss_cuda_delta_fwd_args {
-    int64_t device;
     void* stream;
     int64_t dtype, M, RHO, r_max;
     void* y;  // (M, N)
@@ -62,7 +59,6 @@ struct adamss_cuda_plan {
 
 // dS = dy C, zero where pruned, and dC = dy^T S at the places of C, zero where not active and trainable.
 struct adamss_cuda_delta_bwd_args {
-    int64_t device;
     void* stream;
     int64_t dtype, M, RHO, r_max;
     const void* dy;  // (M, N), any strides
@@ -79,7 +75,6 @@ struct adamss_cuda_delta_bwd_args {
 
 // Zeroes the rows of dB that belong to subspaces which are not both active and trainable.
 struct adamss_cuda_mask_rows_args {
-    int64_t device;
     void* stream;
     int64_t dtype, RHO, R;
     void* dB;  // (RHO, R), T
@@ -89,7 +84,6 @@ struct adamss_cuda_mask_rows_args {
 // Forward, or with `dy` backward, on a GPU of compute capability 9.0, in float16 or bfloat16: the base product and the
 // update in one. Rows of x, W and dy start at multiples of 16 bytes and are dense; N and D are multiples of 8.
 struct adamss_cuda_fused_args {
-    int64_t device;
     void* stream;
     int64_t dtype, A_dtype, M, D, RHO, RHO_PAD, R, r_max;  // RHO_PAD: 32 or 64, with room for a bias
     int64_t multiprocessors;
@@ -126,6 +120,3 @@ int32_t adamss_cuda_mask_rows(const adamss_cuda_mask_rows_args*);
 // A plan that gives each of `multiprocessors` something to do; it depends on sizes alone, so that sums keep their order.
 adamss_cuda_plan adamss_cuda_delta_bwd_plan(int64_t dtype, int64_t M, int64_t N, int64_t RHO, int64_t multiprocessors);
 const char* adamss_cuda_error(int32_t status);
-// "80 90 100 120+PTX": what the library was compiled for.
-const char* adamss_cuda_architectures();
-}

@@ -1,12 +1,8 @@
-// The C interface: chooses the instantiation, the grid and the shared memory, and launches.
+// Chooses the instantiation, the grid and the shared memory, and launches.
 #include "backward.h"
 #include "forward.h"
 #include "geometry.h"
 #include "interface.h"
-
-#ifndef ADAMSS_CUDA_ARCHITECTURES
-#define ADAMSS_CUDA_ARCHITECTURES ""
-#endif
 
 namespace {
 
@@ -69,10 +65,7 @@ int32_t project(const adamss_cuda_input_projection_args& args) {
 
 }  // namespace
 
-extern "C" {
-
 int32_t adamss_cuda_input_projection(const adamss_cuda_input_projection_args* args) {
-    if (const cudaError_t status = cudaSetDevice(int(args->device))) return int32_t(status);
     return for_dtype(args->dtype, [&](auto x) {
         using X = typename decltype(x)::type;
         return args->A_dtype == args->dtype ? project<X, X>(*args) : project<X, Acc<X>>(*args);
@@ -80,7 +73,6 @@ int32_t adamss_cuda_input_projection(const adamss_cuda_input_projection_args* ar
 }
 
 int32_t adamss_cuda_delta_fwd(const adamss_cuda_delta_fwd_args* args) {
-    if (const cudaError_t status = cudaSetDevice(int(args->device))) return int32_t(status);
     return for_dtype(args->dtype, [&](auto x) {
         using X = typename decltype(x)::type;
         using T = Acc<X>;
@@ -110,7 +102,6 @@ adamss_cuda_plan adamss_cuda_delta_bwd_plan(int64_t dtype, int64_t M, int64_t N,
 }
 
 int32_t adamss_cuda_delta_bwd(const adamss_cuda_delta_bwd_args* args) {
-    if (const cudaError_t status = cudaSetDevice(int(args->device))) return int32_t(status);
     return for_dtype(args->dtype, [&](auto x) {
         using X = typename decltype(x)::type;
         using T = Acc<X>;
@@ -144,7 +135,6 @@ int32_t adamss_cuda_delta_bwd(const adamss_cuda_delta_bwd_args* args) {
 }
 
 int32_t adamss_cuda_mask_rows(const adamss_cuda_mask_rows_args* args) {
-    if (const cudaError_t status = cudaSetDevice(int(args->device))) return int32_t(status);
     const int64_t blocks = cdiv(args->RHO * args->R, SUM_THREADS);
     return for_dtype(args->dtype, [&](auto x) {
         using T = Acc<typename decltype(x)::type>;
@@ -156,7 +146,4 @@ int32_t adamss_cuda_mask_rows(const adamss_cuda_mask_rows_args* args) {
 const char* adamss_cuda_error(int32_t status) {
     return status == ADAMSS_TOO_LARGE ? "more than 2^31 - 1 blocks of threads"
                                       : cudaGetErrorString(static_cast<cudaError_t>(status));
-}
-
-const char* adamss_cuda_architectures() { return ADAMSS_CUDA_ARCHITECTURES; }
 }

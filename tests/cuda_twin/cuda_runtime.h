@@ -38,6 +38,7 @@ struct dim3 {
 };
 typedef void* cudaStream_t;
 enum cudaError_t : int { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
 struct cudaLaunchConfig_t {
     dim3 gridDim, blockDim;
     size_t dynamicSmemBytes;
@@ -52,6 +53,7 @@ namespace twin {
 
 struct Launch {
     int64_t blocks, threads, shared;
+    int device;
 };
 
 // What a test asks for and reads.
@@ -59,6 +61,8 @@ struct Control {
     uint64_t seed = 0;
     bool record = false;  // note launches, run none
     int fail = 0;         // the status of the next launch
+    int device = 0;       // the current one
+    void* stream = nullptr;  // of the last launch
     std::vector<Launch> launches;
 };
 inline Control control;
@@ -147,7 +151,18 @@ inline unsigned __ballot_sync(unsigned, bool bit) {
 }
 inline int __ffs(int v) { return __builtin_ffs(v); }
 
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaSetDevice(int device) {
+    twin::control.device = device;
+    return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+    *value = 2;
+    return cudaSuccess;
+}
+inline cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
+    *free = 0, *total = 1;
+    return cudaSuccess;
+}
 inline const char* cudaGetErrorString(cudaError_t status) {
     return status == cudaErrorInvalidConfiguration ? "invalid configuration argument" : "an error of the twin";
 }
@@ -161,7 +176,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                        threads % 32 == 0 && threads <= 1024 && config->dynamicSmemBytes <= TWIN_SHARED;
     if (!valid) return cudaErrorInvalidConfiguration;
     if (const int status = std::exchange(twin::control.fail, 0)) return cudaError_t(status);
-    twin::control.launches.push_back({grid.x, threads, int64_t(config->dynamicSmemBytes)});
+    twin::control.launches.push_back({grid.x, threads, int64_t(config->dynamicSmemBytes), twin::control.device});
+    twin::control.stream = config->stream;
     if (twin::control.record) return cudaSuccess;
 
     auto body = [&] { kernel(arguments...); };
