@@ -120,7 +120,8 @@ def test_the_figures_of_a_layer_follow_from_its_shape_and_times(tmp_path):
         assert row["peak_bytes"] >= 24 * 32 * 4 * passes
         if which == "forward":
             assert row["saved_bytes"] == 0
-        assert row["aten_calls"] >= found["linear", which]["aten_calls"]
+        # Ours make the base product of few tokens themselves.
+        assert provider == "half-pruned" or row["aten_calls"] >= found["linear", which]["aten_calls"]
         assert (row["parameters"] == 0) == (provider == "linear")
     training = {provider: found[provider, "forward + backward"] for provider in ("linear", "reference", "peft-lora")}
     assert training["linear"]["saved_bytes"] == 0, "of a frozen layer only the weight is kept"
