@@ -147,8 +147,6 @@ def test_broken_installations_are_found_before_use(monkeypatch):
 def test_tables_always_answer(arch, user_tables):
     for shape in tuning.SHAPES:
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
-            assert tuning.forward_form(dtype, arch, shape) in tuning.FORWARD_FORMS
-            assert tuning.backward_form(dtype, arch, shape) in tuning.BACKWARD_FORMS
             for kernel in tuning.KERNELS:
                 assert isinstance(tuning.config(kernel, dtype, arch, shape), tuning.Config)
 
@@ -162,40 +160,56 @@ def test_shipped_tables_name_what_exists():
 
 
 @pytest.mark.parametrize(
-    ("M", "D", "N", "expected"),
-    [(0, 64, 64, "decode"), (16, 9984, 64, "decode"), (17, 1536, 4096, "small-narrow"), (512, 1600, 64, "small-wide"),
-     (513, 768, 768, "large-narrow"), (1 << 20, 4096, 64, "large-wide"), (1, 80, 64, "odd"), (999, 768, 10, "odd")],
-)  # fmt: skip
-def test_shape_classes(M, D, N, expected):
-    assert tuning.shape_class(M, D, N) == expected
+    ("M", "expected"), [(0, "few"), (16, "few"), (17, "small"), (512, "small"), (513, "large"), (1 << 20, "large")]
+)
+def test_shape_classes(M, expected):
+    assert tuning.shape_class(M) == expected
 
 
-def test_filling_the_gpu_stays_within_the_work():
-    assert tuning.fill("sm_90", 1, 5) == 5
-    assert tuning.fill("sm_90", 10**6, 5) == 1
-    assert tuning.fill("sm_90", 66, 64) == 4
-    assert tuning.fill("unheard-of", 0, 3) == 3
+@pytest.mark.parametrize("direction", tuning.DIRECTIONS)
+def test_torch_multiplies_what_the_fused_kernel_is_not_for(direction, user_tables):
+    def form(dtype=torch.bfloat16, D=768, N=1024, rho=30, precision="ieee"):
+        return tuning.form(direction, dtype, "sm_90", (4096, D, N), rho, precision)
+
+    assert form() == form(rho=64) == form(torch.float32, precision="tf32") == "fused"
+    assert form(rho=65) == form(D=771) == form(N=1001) == form(torch.float32) == "torch"
+
+
+@pytest.mark.parametrize(
+    ("rows", "cols", "expected"), [(128, 3, 3), (128, 4, 4), (64, 16, 8), (2, 16, 1), (1, 1, 1), (1056, 16, 16)]
+)
+def test_tiles_that_share_an_inner_product_fill_the_gpu_first(rows, cols, expected):
+    assert tuning.run_length("sm_90", rows, cols, 0.125) == expected
+
+
+@pytest.mark.parametrize(("M", "blocks"), [(1, 1), (16384, 7), (8192, 33), (100, 1000), (1 << 20, 1)])
+def test_splits_of_the_tokens_cover_them_and_none_is_empty(M, blocks):
+    splits, width = tuning.split_tokens("sm_90", M, 64, blocks)
+    assert (splits - 1) * width < M <= splits * width
+    assert width % 64 == 0
+    assert splits <= 64
 
 
 def test_user_file_and_environment_override_in_this_order(user_tables, tmp_path, monkeypatch):
-    key = ("linear_fwd", "16", "sm_90", "decode")
-    form = ("forward", "16", "sm_90", "decode")
+    key = ("low_rank_gemm", "16", "sm_90", "few")
+    form = ("forward", "16", "sm_90", "few")
 
     def chosen():
         tuning.reload()
-        return tuning.config(key[0], torch.bfloat16, *key[2:]).cols, tuning.forward_form(torch.float16, *form[2:])
+        run = tuning.form("forward", torch.float16, "sm_90", (16, 64, 64), 8, "ieee")
+        return tuning.config(key[0], torch.bfloat16, *key[2:]).cols, run
 
     shipped = chosen()
-    tuning.save(user_tables, {key: tuning.Config(16, 512)}, {form: "epilogue"})
-    assert chosen() == (512, "epilogue")
+    tuning.save(user_tables, {key: tuning.Config(16, 512)}, {form: "torch"})
+    assert chosen() == (512, "torch")
     named = tmp_path / "named.json"
     tuning.save(named, {key: tuning.Config(16, 32)}, {})
     monkeypatch.setenv("ADAMSS_TUNING", str(named))
-    assert chosen() == (32, "epilogue")
+    assert chosen() == (32, "torch")
     monkeypatch.delenv("ADAMSS_TUNING")
     # Saving again keeps what is not measured anew.
-    tuning.save(user_tables, {}, {form: "two_launch"})
-    assert chosen() == (512, "two_launch")
+    tuning.save(user_tables, {}, {form: "fused"})
+    assert chosen() == (512, "fused")
     user_tables.unlink()
     assert chosen() == shipped
 
@@ -206,10 +220,10 @@ def test_user_file_and_environment_override_in_this_order(user_tables, tmp_path,
         ("{", "Expecting"),
         ("[]", "configs"),
         ({"configs": {}}, "forms"),
-        ({"configs": {"nonsense/16/sm_90/decode": {}}, "forms": {}}, "nonsense"),
-        ({"configs": {"linear_fwd/16/sm_90/decode": {"rows": 17, "cols": 16}}, "forms": {}}, "rows = 17"),
-        ({"configs": {"linear_fwd/16/sm_90/decode": {"rows": 16, "width": 16}}, "forms": {}}, "width"),
-        ({"configs": {}, "forms": {"forward/16/sm_90/decode": "magic"}}, "magic"),
+        ({"configs": {"nonsense/16/sm_90/few": {}}, "forms": {}}, "nonsense"),
+        ({"configs": {"low_rank_gemm/16/sm_90/few": {"rows": 17, "cols": 16}}, "forms": {}}, "rows = 17"),
+        ({"configs": {"low_rank_gemm/16/sm_90/few": {"rows": 16, "width": 16}}, "forms": {}}, "width"),
+        ({"configs": {}, "forms": {"forward/16/sm_90/few": "magic"}}, "magic"),
     ],
 )
 def test_bad_files_are_named(user_tables, content, message):
@@ -217,21 +231,21 @@ def test_bad_files_are_named(user_tables, content, message):
     user_tables.write_text(content if isinstance(content, str) else json.dumps(content))
     tuning.reload()
     with pytest.raises(ValueError, match=f"tuning.json.*{message}"):
-        tuning.config("linear_fwd", torch.float16, "sm_90", "decode")
+        tuning.config("low_rank_gemm", torch.float16, "sm_90", "few")
 
 
 def test_a_file_that_is_asked_for_has_to_exist(user_tables, tmp_path, monkeypatch):
     monkeypatch.setenv("ADAMSS_TUNING", str(tmp_path / "absent.json"))
     tuning.reload()
     with pytest.raises(ValueError, match=r"absent\.json"):
-        tuning.forward_form(torch.float16, "sm_90", "decode")
+        tuning.config("low_rank_gemm", torch.float16, "sm_90", "few")
 
 
 @pytest.mark.slow
 def test_tune_compiles_ahead_in_other_processes(tmp_path):
     out = tmp_path / "tuning.json"
     command = [sys.executable, "-m", "adamss_kernels", "tune", "--device", "cpu", "--dtype", "float32"]
-    command += ["--shape", "decode", "--jobs", "1", "--seconds", "240", "--out", str(out)]
+    command += ["--shape", "few", "--jobs", "1", "--seconds", "240", "--out", str(out)]
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "in one process" not in done.stdout
@@ -250,8 +264,8 @@ class PretendedPool:
 
 
 def test_candidates_that_ran_are_measured_first_and_those_that_failed_never():
-    tried = {name: [tuning.Config(rows, 16) for rows in (16, 32, 64, 128)] for name in ("project", "delta_fwd")}
-    case = ("odd", (1, 1, 1), torch.float32, torch.device("cpu"))
+    tried = {name: [tuning.Config(rows, 16) for rows in (16, 32, 64, 128)] for name in tuning.KERNELS}
+    case = ("few", (1, 1, 1), torch.float32, torch.device("cpu"))
     for configs in tune._compile_ahead(case, tried, 0, PretendedPool()).values():
         assert [config.rows for config in configs] == [16, 128, 64]
 
@@ -261,12 +275,12 @@ def test_a_pool_that_breaks_leaves_all_candidates(capsys):
         def submit(self, *_):
             raise BrokenProcessPool("a process died")
 
-    tried = {"project": [tuning.Config(16, 16)]}
-    case = ("odd", (1, 1, 1), torch.float32, torch.device("cpu"))
+    tried = {"token_products": [tuning.Config(16, 16)]}
+    case = ("few", (1, 1, 1), torch.float32, torch.device("cpu"))
     assert tune._compile_ahead(case, tried, 0, Broken()) == tried
     assert "a process died" in capsys.readouterr().out
 
 
 def test_no_two_candidates_differ_in_what_their_kernel_has_not():
-    for kernel in ("linear_from_s", "linear_dx", "delta_fwd"):
-        assert {config.split for config in tune.candidates(kernel, torch.bfloat16, "decode", "cuda")} == {1}
+    configs = tune.candidates("token_products", torch.bfloat16, "large", "cuda")
+    assert {(config.depth, config.group) for config in configs} == {(64, 8)}

@@ -48,7 +48,7 @@ def test_every_kernel_and_shipped_configuration_compiles_without_spills(tmp_path
 
 
 def test_shapes_that_nothing_divides_compile():
-    shapes = {"odd": (1001, 771, 773), "no whole step": (1001, 800, 784)}
+    shapes = {"few": (15, 784, 800), "torch's products": (1001, 771, 773)}
     units = triton_compile.units_for("sm_90", torch.bfloat16, shapes, rank=1)
     assert units
     for unit in units:
@@ -86,7 +86,7 @@ def test_launchers_allocate_what_the_fakes_declare(M, dtype):
             patch.setattr(triton_compile.backend, name, both)
         for call in triton_compile.operators(dtype, M, 768, 1024, R=100, K=10, rank=3):
             triton_compile.record("sm_90", call)
-    assert len(made) == 9 + 4
+    assert len(made) == 4 + 4
     for outputs, expected in zip(made, declared, strict=True):
         for got, want in zip(outputs, expected, strict=True):
             assert (got.shape, got.stride(), got.dtype, got.device) == (

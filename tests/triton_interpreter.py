@@ -8,7 +8,6 @@ TRITON_INTERPRET is read when Triton's decorators run, so `make test` starts pyt
 from __future__ import annotations
 
 import inspect
-import itertools
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 
 import adamss_kernels.triton as backend
@@ -26,9 +26,8 @@ from adamss_kernels import adamss_linear, available_backends, ops
 from adamss_kernels.functional import fused_linear
 from adamss_kernels.layout import block_diagonal, column_mask
 from adamss_kernels.subspaces import Subspaces
-from adamss_kernels.triton import kernels, kernels_backward, launch, tuning
+from adamss_kernels.triton import kernels, launch, tuning
 
-FORMS = [("fused", "two_launch"), ("two_launch", "two_launch"), ("epilogue", "epilogue")]
 CASES = {
     "several tiles": {"M": 35, "D": 37, "N": 71, "R": 7},
     "whole tiles": {"M": 16, "D": 32, "N": 64, "R": 16},
@@ -40,8 +39,8 @@ CASES = {
     "no token": {"M": 0},
     "one feature": {"D": 1, "R": 1, "ranks": (1, 1, 1)},
     "wide rank": {"N": 40, "R": 20, "ranks": (16, 9, 2)},
-    "more columns of S than the fused form holds": {"N": 50, "R": 6, "ranks": (16, 16, 16, 16, 9)},
-    "a wide slice of P": {"N": 20, "R": 80},
+    "more columns of S than registers hold": {"N": 50, "R": 6, "ranks": (16, 16, 16, 16, 9)},
+    "few tokens, several blocks of columns": {"M": 11, "D": 150, "N": 70, "R": 9},
 }
 MASKS = {
     "pruned": ((True, False, True), None),
@@ -63,11 +62,19 @@ def _record_launches(monkeypatch):
     monkeypatch.setattr(launch, "launch", recording)
 
 
-@pytest.fixture(params=FORMS, ids=[forward for forward, _ in FORMS])
+def prefer(form, monkeypatch):
+    """Take a form for every shape and dtype; "fused" where registers hold S."""
+
+    def choose(direction, dtype, arch, shape, rho, precision):
+        return form if rho <= tuning.MAX_RHO else "torch"
+
+    monkeypatch.setattr(tuning, "form", choose)
+
+
+@pytest.fixture(params=tuning.FORMS)
 def form(request, monkeypatch):
-    """Force one forward and one backward form for every shape."""
-    monkeypatch.setattr(tuning, "forward_form", lambda *key: request.param[0])
-    monkeypatch.setattr(tuning, "backward_form", lambda *key: request.param[1])
+    """Every form in turn."""
+    prefer(request.param, monkeypatch)
 
 
 def plain(problem, active=None):
@@ -221,36 +228,85 @@ def test_same_inputs_same_bits(form):
         assert torch.equal(value, runs[1][name]), name
 
 
-@pytest.mark.parametrize("split", [1, 3, 64])
-def test_every_split_adds_up(form, split, monkeypatch):
-    config = tuning.Config(16, 16, 16, split=split, group=3)
+@pytest.mark.parametrize("length", [1, 2, 64])
+def test_every_division_of_the_work_adds_up(length, monkeypatch):
+    """`length` tiles of y share an inner product, and as many steps of tokens are summed in one part."""
+    prefer("fused", monkeypatch)
+    config = tuning.Config(16, 16, 16, group=3)
     monkeypatch.setattr(tuning, "config", lambda *key: config)
-    problem = make_problem(M=33, D=50, N=40)
-    assert_close(problem, torch.float32)
-    with torch.no_grad():
-        problem = problem.to(torch.float32)
-        y = adamss_linear(*problem.operands, backend="triton")
-        torch.testing.assert_close(y, plain(problem), rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(tuning, "run_length", lambda *sizes: length)
+    monkeypatch.setattr(
+        tuning, "split_tokens", lambda arch, M, rows, blocks: (tuning.cdiv(M, length * rows), length * rows)
+    )
+    assert_close(make_problem(M=69, D=50, N=90), torch.float32)
 
 
 def test_a_sum_of_many_parts_rounds_as_seldom_as_torchs():
-    parts = torch.randn(300, 30)
-    exact = parts.sum(0, dtype=torch.float64)
-    errors = [(total - exact).norm() / exact.norm() for total in (launch.sum_parts(parts, parts.dtype), parts.sum(0))]
+    problem = make_problem(R=5, ranks=(2, 1, 3), bias=False)
+    _, _, _, B, C, subspaces = problem.to(torch.float32).raw(None, None)
+    parts = torch.randn(64, 5, 6)
+    exact, plain_sum = parts.sum(0, dtype=torch.float64).T, parts.sum(0).T
+    dB, _ = launch.finish(None, parts, B, C, subspaces)
+    errors = [(total - exact).norm() / exact.norm() for total in (dB, plain_sum)]
     assert errors[0] <= 2 * errors[1] + torch.finfo(parts.dtype).eps / 2
+
+
+class Launches(TorchDispatchMode):
+    """Names of our kernels, which do not run, and of torch's operators in between."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.seen = []
+        monkeypatch.setattr(launch, "launch", lambda kernel, *args, **constants: self.seen.append(kernel.fn.__name__))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if self.is_work(func):
+            self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def is_work(func):
+        """Whether it computes: what only allocates or looks at memory differently launches nothing."""
+        return not func.is_view and "empty" not in func.name()
+
+
+@pytest.mark.parametrize(
+    ("M", "keep_P", "forward", "backward"), [(7, False, 2, 5), (40, False, 2, 5), (40, True, 3, 4)]
+)
+def test_launches_of_a_layer(M, keep_P, forward, backward, monkeypatch):
+    """Base included: with P one product more, forward where it is kept, backward where it is not."""
+    prefer("fused", monkeypatch)
+    x, weight, bias, B, C, subspaces = make_problem(M, 32, 48).to(torch.float32).raw(None, None)
+    x, B, C, dy = (t.detach() for t in (x, B, C, torch.randn(M, 48)))
+    with Launches(monkeypatch) as launches:
+        backend.forward(x, weight, bias, B, C, subspaces, False, False)
+    assert launches.seen == ["_prepare_kernel", "_low_rank_gemm_kernel"]
+    with Launches(monkeypatch) as launches:
+        _, S, P = backend.forward(x, weight, bias, B, C, subspaces, True, keep_P)
+    assert len(launches.seen) == forward, launches.seen
+    kept = (None, S, P) if keep_P else (x, S, None)
+    with Launches(monkeypatch) as launches:
+        backend.backward(dy, *kept, weight, B, C, subspaces, [True, False, False, True, True])
+    assert len(launches.seen) == backward, launches.seen
+
+
+def test_float32_is_fused_where_torchs_own_products_are_tf32(monkeypatch):
+    monkeypatch.setattr(launch, "precision", lambda dtype: "tf32")
+    LAUNCHED.clear()
+    assert_close(make_problem(M=20, D=32, N=48), torch.float32)
+    assert "_low_rank_gemm_kernel" in LAUNCHED
 
 
 @given(
     M=st.integers(0, 40), D=st.integers(1, 40), N=st.integers(3, 70), R=st.integers(1, 30),
     ranks=st.lists(st.integers(1, 16), min_size=1, max_size=3).map(tuple), bias=st.booleans(),
-    form=st.sampled_from(FORMS), data=st.data(),
+    form=st.sampled_from(tuning.FORMS), data=st.data(),
 )  # fmt: skip
 @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_shape(M, D, N, R, ranks, bias, form, data):
     masks = [data.draw(st.none() | st.tuples(*[st.booleans()] * len(ranks))) for _ in range(2)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning, "forward_form", lambda *key: form[0])
-        patch.setattr(tuning, "backward_form", lambda *key: form[1])
+        prefer(form, patch)
         problem = make_problem(M, D, N, R, ranks, bias)
         assert_close(problem, torch.float32, active=masks[0], trainable=masks[1])
 
@@ -321,22 +377,19 @@ def test_without_a_basis_B_takes_x_itself(form, pruned):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_every_kernel_runs_in_some_form(monkeypatch):
+def test_every_kernel_runs_and_has_a_launcher_of_its_name(monkeypatch):
+    prefer("fused", monkeypatch)
+    LAUNCHED.clear()
     problem = make_problem(M=33, D=20, N=24).to(torch.float32)
-    for (forward, backward), mode in itertools.product(FORMS, ("input", "projection")):
-        monkeypatch.setattr(tuning, "forward_form", lambda *key, form=forward: form)
-        monkeypatch.setattr(tuning, "backward_form", lambda *key, form=backward: form)
-        adamss_linear(*problem.operands, save_for_backward=mode, backend="triton").sum().backward()
+    adamss_linear(*problem.operands, backend="triton").sum().backward()
     defined = {
         name
-        for module in (kernels, kernels_backward)
-        for name, value in vars(module).items()
+        for name, value in vars(kernels).items()
         if isinstance(value, InterpretedFunction) and name.endswith("_kernel")
     }
     assert defined == LAUNCHED
     for name in defined:
-        launcher = getattr(launch, name.removeprefix("_").removesuffix("_kernel"))
-        assert inspect.isfunction(launcher), "kernel and launcher pair up by name"
+        assert inspect.isfunction(getattr(launch, name.removeprefix("_").removesuffix("_kernel")))
 
 
 # --- tokens in groups -----------------------------------------------------------------------------------------------

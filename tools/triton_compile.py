@@ -38,15 +38,9 @@ ARCHS = {
 }
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-PRODUCTS = ("_linear_fwd_kernel", "_linear_from_s_kernel", "_linear_dx_kernel")
-SHAPES = {  # (M, D, N) of a member of each shape class
-    "odd": (1001, 771, 773),
-    "decode": (16, 4096, 4096),
-    "small-narrow": (256, 768, 768),
-    "small-wide": (256, 4096, 4096),
-    "large-narrow": (4096, 768, 768),
-    "large-wide": (4096, 4096, 4096),
-}
+PRODUCTS = ("_low_rank_gemm_kernel", "_token_products_kernel")
+SHAPES = {"few": (16, 768, 1024), "small": (256, 768, 1024), "large": (4096, 768, 1024)}
+"""(M, D, N) of a member of each shape class."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +76,12 @@ def record(arch: str, run: Callable[[], object]) -> list[Unit]:
     """Return the distinct launches that `run` makes on fake CUDA tensors, as if the GPU were an `arch`."""
     units: dict[Unit, None] = {}
 
-    def launch(kernel, grid, config, *args, **constants):  # type: ignore[no-untyped-def]
+    def launch(kernel, grid, config, tensors, free, fixed, **constants):  # type: ignore[no-untyped-def]
         assert all(0 < size < 2**31 for size in grid[:1]) and all(0 < size < 65536 for size in grid[1:]), grid
-        units[_unit(kernel, config, args, constants)] = None
+        assert [param.name for param in kernel.params if param.do_not_specialize] == [
+            param.name for param in kernel.params[len(tensors) : len(tensors) + len(free)]
+        ]
+        units[_unit(kernel, config, (*tensors, *free, *fixed), constants)] = None
 
     with (
         mock.patch.object(backend._launchers(), "launch", launch),
@@ -168,8 +165,13 @@ def _first(text: str, pattern: str) -> str:
     return found[0] if found else ""
 
 
+def _preferred(form: str) -> Any:
+    """Take this form wherever it is possible."""
+    return mock.patch.object(tuning, "_form", lambda *key: form)
+
+
 def operators(dtype: torch.dtype, M: int, D: int, N: int, R: int, K: int, rank: int) -> Iterator[Callable[[], object]]:
-    """Yield calls that reach every kernel: each forward and backward form, with P kept, x kept and neither."""
+    """Yield calls that reach every kernel: each form forward and backward, with S and P kept and with neither."""
     with FakeTensorMode():
         B = torch.empty(K * rank, R, device="cuda", requires_grad=True)
         C = torch.empty(N, rank, device="cuda")
@@ -179,22 +181,20 @@ def operators(dtype: torch.dtype, M: int, D: int, N: int, R: int, K: int, rank: 
         x, weight, bias, basis, basis_bias = operands
         subspaces = Subspaces(basis, basis_bias, rows, offsets, active, trainable)
         dy = torch.empty(M, N, dtype=dtype, device="cuda")
-        for form, (keep_S, keep_P) in itertools.product(
-            tuning.FORWARD_FORMS, ((False, False), (True, True), (True, False))
-        ):
+        S = torch.empty(M, K * rank, device="cuda")
+        for form, keep_S in itertools.product(tuning.FORMS, (False, True)):
 
-            def forward(form=form, keep_S=keep_S, keep_P=keep_P):  # type: ignore[no-untyped-def]
-                with mock.patch.object(tuning, "forward_form", lambda *key: form):
-                    return backend.forward(x, weight, bias, B, C, subspaces, keep_S, keep_P)
+            def forward(form=form, keep_S=keep_S):  # type: ignore[no-untyped-def]
+                with _preferred(form):
+                    return backend.forward(x, weight, bias, B, C, subspaces, keep_S, keep_S)
 
             yield forward
-        S, P = torch.empty(M, K * rank, device="cuda"), torch.empty(M, R, dtype=dtype, device="cuda")
-        for form, kept in itertools.product(tuning.BACKWARD_FORMS, ((None, P), (x, None))):
+        for form, P in itertools.product(tuning.FORMS, (None, x.new_empty(M, R))):
 
-            def backward(form=form, kept=kept):  # type: ignore[no-untyped-def]
-                with mock.patch.object(tuning, "backward_form", lambda *key: form):
+            def backward(form=form, P=P):  # type: ignore[no-untyped-def]
+                with _preferred(form):
                     needs = [True, False, False, True, True]
-                    return backend.backward(dy, kept[0], S, kept[1], weight, B, C, subspaces, needs)
+                    return backend.backward(dy, x, S, P, weight, B, C, subspaces, needs)
 
             yield backward
         yield from grouped_operators(x, weight, bias, subspaces, dy, K * rank, rank)
@@ -238,7 +238,7 @@ def faults(compiled: Compiled, arch: str) -> list[str]:
     if compiled.serialised:
         said.append(f"{name} on {arch} ({compiled.unit.tile}) runs its wgmma one after the other")
     constants, signature = dict(compiled.unit.constants), dict(compiled.unit.signature)
-    fma = constants.get("PRECISION") == "ieee" and "*fp32" in (signature.get("x_ptr"), signature.get("dy_ptr"))
+    fma = constants.get("PRECISION") == "ieee" and "*fp32" in (signature.get("L_ptr"), signature.get("dy_ptr"))
     # A warp group works on 64 rows at least: below that mma.sync is what there is.
     expected = (
         "wgmma" if arch == "sm_90" and constants.get("BLOCK_M", 0) >= 64 else "mfma" if arch == "gfx942" else "mma"

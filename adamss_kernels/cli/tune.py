@@ -26,27 +26,12 @@ from ..subspaces import Subspaces
 from ..triton import tuning
 from .bench.measure import Contender, captured, gpu_timer
 
-# Kernel to the operator and form that run it.
-_RUNS = {
-    "linear_fwd": ("forward", "fused"),
-    "project": ("forward", "two_launch"),
-    "linear_from_s": ("forward", "two_launch"),
-    "delta_fwd": ("forward", "epilogue"),
-    "delta_bwd": ("backward", "epilogue"),
-    "token_product": ("backward", "epilogue"),
-    "linear_dx": ("backward", "two_launch"),
-}
-_FORMS = {"forward": tuning.FORWARD_FORMS, "backward": tuning.BACKWARD_FORMS}
+# Kernel to the operator that runs it, in the fused form.
+_RUNS = {"low_rank_gemm": "forward", "token_products": "backward"}
 # Shape class to (M, D, N) of the member that stands for it, on a GPU and in a dry run on the CPU.
 _SHAPES = {
-    "cuda": {
-        "decode": (8, 4096, 4096),
-        "small-narrow": (256, 768, 768),
-        "small-wide": (256, 4096, 4096),
-        "large-narrow": (4096, 1024, 1024),
-        "large-wide": (8192, 4096, 4096),
-    },
-    "cpu": {"decode": (3, 64, 64), "small-narrow": (20, 64, 64)},
+    "cuda": {"few": (8, 4096, 4096), "small": (256, 1024, 1024), "large": (8192, 4096, 4096)},
+    "cpu": {"few": (3, 64, 64), "small": (20, 64, 64)},
 }
 _R, _RANKS = 100, (3,) * 10
 
@@ -95,22 +80,20 @@ def run(args: argparse.Namespace) -> int:
 def candidates(kernel: str, dtype: torch.dtype, shape: str, device_type: str) -> Iterator[tuning.Config]:
     """Yield the configurations worth trying for a kernel, besides the one that runs without tuning."""
     if device_type == "cpu":
-        yield tuning.Config(16, 16, 16, split=0, num_stages=2)
+        yield tuning.Config(16, 16, 16, num_stages=2)
         return
-    products = kernel in ("linear_fwd", "linear_from_s", "linear_dx")
-    rows: tuple[int, ...] = (64, 128) if products else (32, 64, 128)
-    # The kernels beside the products have no column tile, or no reduction loop, of their own.
-    cols: tuple[int, ...] = (16,) if kernel == "project" else (32, 64, 128)
-    depths: tuple[int, ...] = (32, 64) if products or kernel == "project" else (16,)
-    splits: tuple[int, ...] = (1,) if products or kernel == "delta_fwd" else (0, 1, 8)
-    if shape == "decode":
-        rows, depths = (16,), tuple(4 * d for d in depths)
-        splits = (0, 1, 2, 4) if kernel == "linear_fwd" or len(splits) > 1 else (1,)
-    elif products:
-        cols = (64, 128) if dtype == torch.float32 else (128, 256)
-    for r, c, d, split, warps, stages in itertools.product(rows, cols, depths, splits, (4, 8), (2, 3, 4)):
+    rows: tuple[int, ...] = (64, 128)
+    cols: tuple[int, ...] = (64, 128)
+    depths: tuple[int, ...] = (32, 64)
+    if kernel == "token_products":
+        rows, depths = (32, 64), (64,)
+    elif shape == "few":
+        rows, cols, depths = (16,), (16, 32, 64), (64, 128, 256)
+    elif dtype != torch.float32:
+        cols = (64, 128, 256)
+    for r, c, d, warps, stages in itertools.product(rows, cols, depths, (4, 8), (2, 3, 4, 5)):
         if warps == 8 or r * c <= 128 * 128:
-            yield tuning.Config(r, c, d, split=split, num_warps=warps, num_stages=stages)
+            yield tuning.Config(r, c, d, num_warps=warps, num_stages=stages)
 
 
 def _sweep(
@@ -125,9 +108,9 @@ def _sweep(
     operators = {name: _gated(name, args) for name, args in _arguments(size, dtype, device).items()}
     configs: dict[tuning.Key, tuning.Config] = {}
     forms: dict[tuning.Key, str] = {}
-    for index, (kernel, (operator, form)) in enumerate(_RUNS.items()):
+    for index, (kernel, operator) in enumerate(_RUNS.items()):
         key = tuning.key(kernel, dtype, arch, shape)
-        tuning.use({}, {tuning.key(operator, dtype, arch, shape): form})
+        tuning.use({}, {tuning.key(operator, dtype, arch, shape): "fused"})
         start = time.monotonic()
         share = start + (deadline - start) / (len(_RUNS) - index)
         times: dict[tuning.Config, float] = {}
@@ -145,10 +128,10 @@ def _sweep(
                 f"{'/'.join(key)}: {times[configs[key]] * 1e6:.1f} us of {len(times)} measured, {configs[key]}",
                 flush=True,
             )
-    for operator, choices in _FORMS.items():
+    for operator in tuning.DIRECTIONS:
         key = tuning.key(operator, dtype, arch, shape)
         seconds_of: dict[str, float] = {}
-        for form in choices:
+        for form in tuning.FORMS:
             tuning.use({}, {key: form})
             seconds = _measure(*operators[operator])
             if seconds is not None:
@@ -200,9 +183,8 @@ def _compile_ahead(
 def _compile(case: Case, kernel: str, config: tuning.Config) -> bool:
     """Call the kernel once; say whether that worked."""
     shape, size, dtype, device = case
-    operator, form = _RUNS[kernel]
-    arch = tuning.arch_of(device)
-    tuning.use({tuning.key(kernel, dtype, arch, shape): config}, {tuning.key(operator, dtype, arch, shape): form})
+    operator, arch = _RUNS[kernel], tuning.arch_of(device)
+    tuning.use({tuning.key(kernel, dtype, arch, shape): config}, {tuning.key(operator, dtype, arch, shape): "fused"})
     try:
         getattr(backend, operator)(*_arguments(size, dtype, device)[operator])
         if device.type == "cuda":
@@ -216,6 +198,9 @@ def _compile(case: Case, kernel: str, config: tuning.Config) -> bool:
 def _arguments(size: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> dict[str, tuple[Any, ...]]:
     """Return the arguments of forward and backward: random operands."""
     M, D, N = size
+    if dtype == torch.float32:
+        # In full precision it is torch's to multiply, and there is nothing to tune.
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
     g = torch.Generator(device).manual_seed(0)
 
     def randn(*shape: int, dtype: torch.dtype = dtype) -> Tensor:

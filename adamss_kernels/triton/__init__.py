@@ -1,4 +1,4 @@
-"""The Triton backend: every product beside the base GEMM fused into it, or into one pass beside it.
+"""The Triton backend: four kernels, one of which computes base and update; `tuning.form` says where torch's serve.
 
 Runs on CUDA and ROCm tensors, and on CPU tensors under Triton's interpreter (TRITON_INTERPRET=1, slow, for tests).
 Triton itself is imported on first use.
@@ -58,8 +58,10 @@ def _import_error() -> str | None:
 @functools.cache
 def _launch_error() -> str | None:
     try:
-        parts = torch.ones(2, 1, device="cuda")
-        _launchers().sum_parts(parts, parts.dtype)
+        B, C = (torch.ones(1, 1, device="cuda") for _ in range(2))
+        rows, offsets = (torch.tensor(n, dtype=torch.int32, device="cuda") for n in ([0], [0, 1]))
+        _launchers().prepare(torch.float32, B, C, Subspaces(None, None, rows, offsets))
+        torch.cuda.synchronize()
     except Exception as error:  # compilers and drivers raise anything
         return f"cannot compile or launch a kernel: {error}"
     return None
@@ -83,27 +85,29 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute y = x W^T + bias + S Ct with S = x Q^T + q; see `reference.forward` for shapes and dtypes."""
     launch = _launchers()
-    basis, basis_bias, row_subspace, offsets, active, *_ = subspaces
-    if x.shape[0] == 0:
-        return _empty_forward(x, weight, basis, B, keep_S, keep_P)
+    (M, _), rho = x.shape, B.shape[0]
+    S = x.new_empty((M, rho) if keep_S else 0, dtype=torch.float32)
     with _current(x.device):
-        B, C, bias, active = _contiguous(B, C, bias, active)
+        P = _projection(x, subspaces) if keep_P else x.new_empty(0)
+        if M == 0:
+            return x.new_empty(0, weight.shape[0]), S, P
         arch = tuning.arch_of(x.device)
-        Q, q = launch.input_projection(basis, basis_bias, B, offsets, active, x.dtype)
-        rows = (row_subspace, offsets, active)
-        form, config = _forward_plan(x, weight, basis, B, keep_P, arch)
-        if form == "fused":
-            y, S, P = launch.linear_fwd(
-                x, weight, bias, Q, q, basis, basis_bias, C, *rows, keep_S, keep_P, config, arch
-            )
+        B, C, bias = _contiguous(B, C, bias)
+        subspaces = _contiguous_masks(subspaces)
+        if _form("forward", x, weight, rho, arch) == "fused":
+            few = x if M <= tuning.FEW else None
+            Q, q, Ct, parts = launch.prepare(x.dtype, B, C, subspaces, few)
+            y = launch.low_rank_gemm(x, weight.t(), Q, parts, q, Ct, bias, S if keep_S else None, arch)
         else:
-            S, P = launch.project(x, Q, q, basis, basis_bias, keep_P, arch)
-            if form == "two_launch":
-                y = launch.linear_from_s(x, weight, bias, S, C, *rows, arch)
-            else:
-                y = torch.nn.functional.linear(x, weight, bias)
-                launch.delta_fwd(y, S, C, *rows, arch)
-    return y, S if keep_S else x.new_empty(0, dtype=torch.float32), x.new_empty(0) if P is None else P
+            Q, q, Ct, _ = launch.prepare(x.dtype, B, C, subspaces)
+            y = torch.nn.functional.linear(x, weight, bias)
+            inner = (x @ Q.t()).float()
+            if q is not None:
+                inner += q
+            y.addmm_(inner.to(x.dtype), Ct)
+            if keep_S:
+                S = inner.narrow(1, 0, rho).clone(memory_format=torch.contiguous_format)
+    return y, S, P
 
 
 def backward(
@@ -119,37 +123,56 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute the gradients of `forward`; see `reference.backward` for formulas, shapes and dtypes."""
     launch = _launchers()
-    basis, basis_bias, row_subspace, offsets, active, trainable, *_ = subspaces
     need_dx, need_dweight, need_dbias, need_dB, need_dC = needs
     dx, dweight, dbias, dB, dC = (dy.new_empty(0, dtype=t.dtype) for t in (dy, dy, dy, B, C))
-    M = dy.shape[0]
+    (M, _), rho = dy.shape, B.shape[0]
     with _current(dy.device):
-        arch = tuning.arch_of(dy.device)
         if M == 0:
             dx = dy.new_empty(0, weight.shape[1]) if need_dx else dx
             dB, dC = torch.zeros_like(B) if need_dB else dB, torch.zeros_like(C) if need_dC else dC
         elif need_dx or need_dB or need_dC:
-            B, C, S, P, active, trainable = _contiguous(B, C, S, P, active, trainable)
-            need_dS = need_dx or need_dB
-            dS, dC_ = launch.delta_bwd(
-                dy, S, C, row_subspace, offsets, active, trainable, B.shape[0], need_dS, need_dC, arch
-            )
-            dC = dC_ if need_dC else dC
-            if need_dB:
-                dB = _grad_B(dS, x, P, basis, basis_bias, B, offsets, active, trainable, arch)
-            if need_dx:
-                Q, _ = launch.input_projection(basis, None, B, offsets, active, dy.dtype)
-                shape = tuning.shape_class(M, *weight.shape)
-                if tuning.backward_form(dy.dtype, arch, shape) == "two_launch":
-                    dx = launch.linear_dx(dy, weight, dS, Q, arch)
+            arch = tuning.arch_of(dy.device)
+            is_fused = _form("backward", dy, weight, rho, arch) == "fused"
+            B, C, S = _contiguous(B, C, S)
+            subspaces = _contiguous_masks(subspaces)
+            dS = None
+            if need_dx or need_dB:
+                Q, _, Ct, _ = launch.prepare(dy.dtype, B, C, subspaces._replace(basis_bias=None))
+                if need_dx and is_fused:
+                    dS = dy.new_empty(M, Ct.shape[0]) if need_dB else None
+                    dx = launch.low_rank_gemm(dy, weight, Ct, None, None, Q, None, dS, arch)
                 else:
-                    dx = torch.mm(dS.to(dy.dtype), Q).addmm_(dy, weight)
+                    dS = dy @ Ct.t()
+                    dx = torch.mm(dS, Q).addmm_(dy, weight) if need_dx else dx
+            if need_dB and P is None:
+                # Of x there are D columns to multiply with dS, of P only R.
+                P = x if subspaces.basis is None else _projection(x, subspaces)
+            if need_dB or need_dC:
+                s, z = S if need_dC else None, P if need_dB else None
+                products = launch.token_products if is_fused else _token_products
+                dB_, dC_ = launch.finish(*products(dy, s, z, dS, rho, arch), B, C, subspaces)
+                dB, dC = dB if dB_ is None else dB_, dC if dC_ is None else dC_
         if need_dweight:
             assert x is not None
             dweight = dy.T @ x
         if need_dbias:
             dbias = dy.sum(0)
     return dx, dweight, dbias, dB, dC
+
+
+def _token_products(
+    dy: Tensor, S: Tensor | None, z: Tensor | None, dS: Tensor | None, rho: int, arch: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return what `launch.token_products` does, by torch's products: in one part."""
+    dy_parts = None if S is None else torch.mm(dy.t(), S.to(dy.dtype)).unsqueeze(0)
+    z_parts = None if z is None or dS is None else torch.mm(z.t(), dS).unsqueeze(0)
+    return dy_parts, z_parts
+
+
+def _form(direction: str, t: Tensor, weight: Tensor, rho: int, arch: str) -> str:
+    """Return how a product of x or dy and W is computed; see `tuning.form`."""
+    N, D = weight.shape
+    return tuning.form(direction, t.dtype, arch, (t.shape[0], D, N), rho, _launchers().precision(t.dtype))
 
 
 def grouped_forward(
@@ -229,44 +252,6 @@ def _projection(x: Tensor | None, subspaces: Subspaces) -> Tensor:
 def _contiguous_masks(subspaces: Subspaces) -> Subspaces:
     active, trainable = _contiguous(subspaces.active, subspaces.trainable)
     return subspaces._replace(active=active, trainable=trainable)
-
-
-def _grad_B(dS, x, P, basis, basis_bias, B, offsets, active, trainable, arch):  # type: ignore[no-untyped-def]
-    """Return dB = dS^T P, or dS^T [x | 1] [A | a]^T where x was kept and P was not."""
-    launch = _launchers()
-    if P is not None:
-        parts = launch.token_product(dS, P, False, arch)
-        return launch.sum_dB(parts, offsets, active, trainable, B.dtype)
-    assert x is not None
-    ones = basis_bias is not None
-    parts = launch.token_product(dS, x, ones, arch)
-    G, g = launch.sum_dB(parts, offsets, active, trainable, torch.float32).split([x.shape[1], int(ones)], 1)
-    dB = G @ basis.T.float()
-    if basis_bias is not None:
-        dB.addmm_(g, basis_bias.float().unsqueeze(0))
-    return dB.to(B.dtype)
-
-
-def _empty_forward(
-    x: Tensor, weight: Tensor, basis: Tensor | None, B: Tensor, keep_S: bool, keep_P: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    S = x.new_empty((0, B.shape[0]) if keep_S else 0, dtype=torch.float32)
-    return x.new_empty(0, weight.shape[0]), S, x.new_empty((0, basis.shape[0]) if basis is not None and keep_P else 0)
-
-
-def _forward_plan(
-    x: Tensor, weight: Tensor, basis: Tensor | None, B: Tensor, keep_P: bool, arch: str
-) -> tuple[str, tuning.Config]:
-    """Return the form that runs and the configuration of the one-pass kernel, which decides whether that one can."""
-    (M, D), N = x.shape, weight.shape[0]
-    shape = tuning.shape_class(M, D, N)
-    form = tuning.forward_form(x.dtype, arch, shape)
-    config = tuning.config("linear_fwd", x.dtype, arch, shape)
-    # The one-pass kernel holds y, all of S and a slice of P in registers.
-    too_wide = B.shape[0] > tuning.MAX_FUSED_RHO or (
-        basis is not None and keep_P and _launchers().slice_width(basis.shape[0], N, config) > tuning.MAX_FUSED_SLICE
-    )
-    return ("two_launch" if form == "fused" and too_wide else form), config
 
 
 def _contiguous(*tensors):  # type: ignore[no-untyped-def]

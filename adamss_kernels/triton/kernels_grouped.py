@@ -62,7 +62,7 @@ def _grouped_delta_fwd_kernel(
             if tl.program_id(1) == 0:
                 S_ptrs = S_ptr + offs_m[:, None] * RHO + offs_rho[None, :]
                 tl.store(S_ptrs, S, mask=m_mask[:, None] & rho_mask[None, :])
-        Ct = _Ct_tile(C_ptr + slot * N * r_max, offs_rho, offs_n, first, last, r_max, dtype)  # [BLOCK_RHO, BLOCK_N]
+        Ct = _Ct_tile(C_ptr + slot * N * r_max, offs_rho, offs_n, N, first, last, r_max, dtype)  # [BLOCK_RHO, BLOCK_N]
         delta = tl.dot(S.to(dtype), Ct, delta, input_precision=PRECISION)
     y_ptrs = y_ptr + offs_m[:, None] * N + offs_n[None, :]
     y_mask = takes[:, None] & (offs_n < N)[None, :]
@@ -95,7 +95,9 @@ def _grouped_delta_bwd_kernel(
             first, last = _row_span(offs_n, N, row_subspace_ptr, offsets_ptr, active_ptr, None)
             dy_ptrs = dy_ptr + offs_m[:, None] * stride_dym + offs_n.to(tl.int64)[None, :] * stride_dyn
             dy = tl.load(dy_ptrs, mask=takes[:, None] & (offs_n < N)[None, :], other=0.0)  # [BLOCK_M, BLOCK_N]
-            Ct = _Ct_tile(C_ptr + slot * N * r_max, offs_rho, offs_n, first, last, r_max, dtype)  # [BLOCK_RHO, BLOCK_N]
+            Ct = _Ct_tile(
+                C_ptr + slot * N * r_max, offs_rho, offs_n, N, first, last, r_max, dtype
+            )  # [BLOCK_RHO, BLOCK_N]
             dS = tl.dot(dy, tl.trans(Ct), dS, input_precision=PRECISION)
         if tl.program_id(1) == 0:
             dS_ptrs = dS_ptr + offs_m[:, None] * RHO + offs_rho[None, :]

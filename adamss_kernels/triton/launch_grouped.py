@@ -8,12 +8,12 @@ from torch import Tensor
 from ..mixed_batch import TILE_TOKENS, Groups
 from ..subspaces import Subspaces
 from . import kernels_grouped, launch
-from .launch import block, cdiv, precision
-from .tuning import Config
+from .launch import block, precision
+from .tuning import Config, cdiv
 
 # Not tuned: a tile of tokens is small, and what these kernels move beside dy and y stays in the cache. By the bytes of
 # an element: what compiles without spills for every GPU of docs/triton-registers.md.
-_DELTA_FWD = {2: Config(TILE_TOKENS, 64, 32, num_stages=2), 4: Config(TILE_TOKENS, 16, 64, num_stages=2)}
+_DELTA_FWD = {2: Config(TILE_TOKENS, 64, 32), 4: Config(TILE_TOKENS, 32, 32, num_stages=2)}
 _DELTA_BWD = {2: Config(TILE_TOKENS, 32, 128, num_stages=2), 4: Config(TILE_TOKENS, 16, 128, num_stages=1)}
 _DC = {2: Config(32, 64, num_stages=2), 4: Config(32, 32, num_stages=2)}
 _DB = {2: Config(32, 32, num_stages=2), 4: Config(32, 32, num_stages=2)}
@@ -28,8 +28,9 @@ def delta_fwd(
     T, K, config = groups.tiles.shape[0], offsets.shape[0] - 1, _DELTA_FWD[y.element_size()]
     launch.launch(
         kernels_grouped._grouped_delta_fwd_kernel, (T, cdiv(N, config.cols)), config,
-        P, B, C, row_subspace, offsets, active, groups.tokens, groups.tiles, y, S,
-        T, N, R, rho, K, r_max,
+        (P, B, C, row_subspace, offsets, active, groups.tokens, groups.tiles, y, S),
+        (T,),
+        (N, R, rho, K, r_max),
         BLOCK_M=config.rows, BLOCK_N=config.cols, BLOCK_R=config.depth, BLOCK_RHO=block(rho, 64),
         BLOCK_K=block(K, K * 2), PRECISION=precision(y.dtype),
     )  # fmt: skip
@@ -47,8 +48,9 @@ def delta_bwd(
     BLOCK_R = block(R, config.depth)
     launch.launch(
         kernels_grouped._grouped_delta_bwd_kernel, (T, cdiv(R, BLOCK_R) if need_dP else 1), config,
-        dy, B, C, row_subspace, offsets, active, groups.tokens, groups.tiles, dS, dP,
-        T, N, R, rho, offsets.shape[0] - 1, r_max, *dy.stride(),
+        (dy, B, C, row_subspace, offsets, active, groups.tokens, groups.tiles, dS, dP),
+        (T,),
+        (N, R, rho, offsets.shape[0] - 1, r_max, *dy.stride()),
         BLOCK_M=config.rows, BLOCK_N=config.cols, BLOCK_R=BLOCK_R, BLOCK_RHO=block(rho, 64),
         PRECISION=precision(dy.dtype),
     )  # fmt: skip
@@ -63,8 +65,9 @@ def grad_C(dy: Tensor, S: Tensor, C: Tensor, subspaces: Subspaces, groups: Group
     dC = C.new_zeros(G, N, r_max)
     launch.launch(
         kernels_grouped._grouped_dC_kernel, (G, cdiv(N, config.cols), cdiv(rho, BLOCK_RHO)), config,
-        dy, S, row_subspace, offsets, active, trainable, groups.tokens, groups.slots, groups.starts, dC,
-        N, rho, offsets.shape[0] - 1, r_max, *dy.stride(),
+        (dy, S, row_subspace, offsets, active, trainable, groups.tokens, groups.slots, groups.starts, dC),
+        (),
+        (N, rho, offsets.shape[0] - 1, r_max, *dy.stride()),
         BLOCK_M=config.rows, BLOCK_N=config.cols, BLOCK_RHO=BLOCK_RHO, PRECISION=precision(dy.dtype),
     )  # fmt: skip
     return dC
@@ -78,7 +81,9 @@ def grad_B(dS: Tensor, P: Tensor, B: Tensor, subspaces: Subspaces, groups: Group
     dB = B.new_empty(G, rho, R)
     launch.launch(
         kernels_grouped._grouped_dB_kernel, (G, cdiv(R, config.cols), cdiv(rho, BLOCK_RHO)), config,
-        dS, P, offsets, active, trainable, groups.tokens, groups.slots, groups.starts, dB, R, rho, K,
+        (dS, P, offsets, active, trainable, groups.tokens, groups.slots, groups.starts, dB),
+        (),
+        (R, rho, K),
         BLOCK_M=config.rows, BLOCK_R=config.cols, BLOCK_RHO=BLOCK_RHO, BLOCK_K=block(K, K * 2),
         PRECISION=precision(P.dtype),
     )  # fmt: skip

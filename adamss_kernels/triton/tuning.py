@@ -18,17 +18,17 @@ from typing import Any
 
 import torch
 
-KERNELS = ("linear_fwd", "linear_from_s", "delta_fwd", "project", "delta_bwd", "linear_dx", "token_product")
-SHAPES = ("odd", "decode", "small-narrow", "small-wide", "large-narrow", "large-wide")
-FORWARD_FORMS = ("fused", "two_launch", "epilogue")
-BACKWARD_FORMS = ("two_launch", "epilogue")
-MAX_FUSED_RHO = 64
-MAX_FUSED_SLICE = 32
-"""Columns of S, and of P per column of tiles, that the one-pass kernel accumulates beside y at most."""
-
+KERNELS = ("low_rank_gemm", "token_products")
+SHAPES = ("few", "small", "large")
+DIRECTIONS = ("forward", "backward")
+FORMS = ("fused", "torch")
+FEW = 16
+"""Tokens that one tile of the least height holds."""
+MAX_RHO = 64
+"""Columns of S that `low_rank_gemm` accumulates beside y at most."""
 
 Key = tuple[str, str, str, str]
-"""Kernel (or "forward", "backward"), dtype class "16" or "32", GPU, shape class."""
+"""Kernel (or direction, for the form), dtype class "16" or "32", GPU, shape class."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,8 @@ class Config:
 
     Attributes:
         rows: Tile height: tokens.
-        cols: Tile width: BLOCK_N, BLOCK_D or BLOCK_Z, the output dimension of the kernel.
-        depth: Step of the reduction loop; unused where the kernel has none.
-        split: Programs that share one reduction; 0 takes as many as fill the GPU.
+        cols: Tile width: columns of y or dx; of dy and P in `token_products`.
+        depth: Step of the sum over D or N; `token_products` sums over tokens and has none.
         group: Tile rows that run together for reuse of W in the L2 cache.
         num_warps: Warps per program.
         num_stages: Depth of the software pipeline.
@@ -48,7 +47,6 @@ class Config:
     rows: int
     cols: int
     depth: int = 64
-    split: int = 1
     group: int = 8
     num_warps: int = 4
     num_stages: int = 3
@@ -58,71 +56,35 @@ class Config:
             value = getattr(self, name)
             if value < 16 or value & (value - 1):
                 raise ValueError(f"Config.{name} = {value}: expected a power of two >= 16")
-        if self.split < 0 or self.group < 1 or self.num_stages < 1 or self.num_warps not in (1, 2, 4, 8, 16):
-            raise ValueError(
-                f"{self}: expected split >= 0, group >= 1, num_stages >= 1, num_warps a power of two <= 16"
-            )
+        if self.group < 1 or self.num_stages < 1 or self.num_warps not in (1, 2, 4, 8, 16):
+            raise ValueError(f"{self}: expected group >= 1, num_stages >= 1, num_warps a power of two <= 16")
 
 
-_BASE = {
-    # What every GPU can launch: at most 48 KiB of shared memory.
-    ("linear_fwd", "16"): Config(64, 128, 32, num_warps=8),
-    ("linear_from_s", "16"): Config(64, 128, 32),
-    ("linear_dx", "16"): Config(64, 128, 32),
-    ("delta_fwd", "16"): Config(64, 64),
-    ("project", "16"): Config(64, 16, 32, split=0),
-    ("delta_bwd", "16"): Config(64, 64, split=0, num_stages=2),
-    ("token_product", "16"): Config(64, 64, split=0, num_stages=2),
-    # Without tf32 a product is multiplied and added in registers, so its tiles are smaller still.
-    ("linear_fwd", "32"): Config(16, 32, 16, num_stages=1),
-    ("linear_from_s", "32"): Config(32, 64, 16, num_stages=2),
-    ("linear_dx", "32"): Config(32, 32, 16, num_stages=2),
-    ("delta_fwd", "32"): Config(32, 64),
-    ("project", "32"): Config(32, 16, 16, split=0, num_warps=8, num_stages=2),
-    ("delta_bwd", "32"): Config(32, 16, split=0, num_warps=8, num_stages=2),
-    ("token_product", "32"): Config(32, 64, split=0, num_warps=8, num_stages=2),
+_SHIPPED = {
+    # (kernel, dtype class, shape class) to what every GPU can launch.
+    ("low_rank_gemm", "16", "few"): Config(16, 32, 128, num_stages=4),
+    ("low_rank_gemm", "16", "small"): Config(64, 64, 32, num_stages=4),
+    ("low_rank_gemm", "16", "large"): Config(128, 128, 32, num_warps=8, num_stages=4),
+    ("low_rank_gemm", "32", "few"): Config(16, 32, 64),
+    ("low_rank_gemm", "32", "small"): Config(64, 64, 32, num_stages=2),
+    ("low_rank_gemm", "32", "large"): Config(64, 128, 32, num_warps=8, num_stages=2),
+    ("token_products", "16", "any"): Config(64, 128, num_warps=8),
+    ("token_products", "32", "any"): Config(32, 32, num_stages=2),
 }
-
-_DECODE = {
-    ("linear_fwd", "16"): Config(16, 64, 64, split=0, group=1),
-    ("linear_fwd", "32"): Config(16, 32, 16, split=0, group=1),
-    ("linear_from_s", "16"): Config(16, 64, 64, group=1),
-    ("linear_from_s", "32"): Config(16, 64, 16, group=1),
-}
-
 CONFIGS: dict[Key, Config] = {
-    (kernel, "16", arch, shape): config
-    for arch, config in {
-        "sm_80": Config(128, 128, 32, num_warps=8, num_stages=4),
-        "sm_90": Config(128, 256, 64, num_warps=8),
-        "sm_100": Config(128, 256, 64, num_warps=8),
-        "gfx942": Config(128, 128, 32, num_warps=8, num_stages=2),
-    }.items()
-    for kernel in ("linear_fwd", "linear_from_s", "linear_dx")
-    for shape in ("large-narrow", "large-wide")
+    ("low_rank_gemm", "16", "sm_90", "large"): Config(128, 256, 32, num_warps=8, num_stages=5),
+    ("low_rank_gemm", "16", "sm_100", "large"): Config(128, 128, 64, num_warps=8, num_stages=4),
+    ("low_rank_gemm", "16", "gfx942", "large"): Config(128, 128, 64, num_warps=8, num_stages=2),
 }
-"""(kernel, dtype class, GPU, shape class) to the configuration shipped for it; the rest takes a conservative one."""
+"""What is shipped for one GPU beside what runs on all."""
 
-_FORWARD_FORMS = {
-    # A wide product in Triton has to come within some 8 % of cuBLAS before it beats the epilogue's pass over y.
-    ("16", "decode"): "fused",
-    ("16", "small-narrow"): "fused",
-    ("16", "small-wide"): "epilogue",
-    ("16", "large-narrow"): "fused",
-    ("16", "large-wide"): "epilogue",
-}
-
-_PROGRAMS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304, "interpreter": 2}
-"""Multiprocessors per GPU. A table and not a query: equal inputs give equal bits on every part of an architecture."""
+_MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304, "interpreter": 2}
+"""A table and not a query: equal inputs give equal bits on every part of an architecture."""
 
 
-def shape_class(M: int, D: int, N: int) -> str:
-    """Return the class in `SHAPES` of a product (M, D) by (D, N); "odd" where tiles of 64 do not come out even."""
-    if D % 64 or N % 64:
-        return "odd"
-    if M <= 16:
-        return "decode"
-    return f"{'small' if M <= 512 else 'large'}-{'narrow' if D < 1600 else 'wide'}"
+def shape_class(M: int) -> str:
+    """Return the class in `SHAPES` of a product over M tokens."""
+    return "few" if M <= FEW else "small" if M <= 512 else "large"
 
 
 def key(name: str, dtype: torch.dtype, arch: str, shape: str) -> Key:
@@ -135,23 +97,48 @@ def config(kernel: str, dtype: torch.dtype, arch: str, shape: str) -> Config:
     return _config(*key(kernel, dtype, arch, shape))
 
 
-def forward_form(dtype: torch.dtype, arch: str, shape: str) -> str:
-    """Return which of `FORWARD_FORMS` to run for a shape class.
+def form(direction: str, dtype: torch.dtype, arch: str, shape: tuple[int, int, int], rho: int, precision: str) -> str:
+    """Return which of `FORMS` runs "forward" or "backward" for (M, D, N) = `shape`: the only place that says so.
 
-    "fused" is one pass over x for y and S, "two_launch" computes S first and starts the product's accumulator from
-    S Ct, "epilogue" adds S Ct to torch's product in place.
+    "fused" is one kernel for base and update. "torch" leaves the products to torch, between `prepare` and `finish`: for
+    more columns of S than registers hold beside y, for float32 in full precision, which has no tensor cores, and for D
+    and N that are no multiples of 16, whose rows Triton would load element by element.
     """
-    return _form(*key("forward", dtype, arch, shape))
+    M, D, N = shape
+    if rho > MAX_RHO or (dtype == torch.float32 and precision == "ieee") or D % 16 or N % 16:
+        return "torch"
+    return _form(*key(direction, dtype, arch, shape_class(M)))
 
 
-def backward_form(dtype: torch.dtype, arch: str, shape: str) -> str:
-    """Return which of `BACKWARD_FORMS` computes dx: one product over [dS | dy], or torch's dy W and then dS Q."""
-    return _form(*key("backward", dtype, arch, shape))
+@functools.lru_cache(4096)
+def run_length(arch: str, rows: int, cols: int, inner: float) -> int:
+    """Return how many tiles across share an inner product that costs as much as `inner` tiles, of rows x cols tiles.
+
+    The one that takes the fewest rounds of the GPU; of those that tie, the longest.
+    """
+    lengths = sorted({cdiv(cols, chunks) for chunks in range(1, cols + 1)}, reverse=True)
+    return min(lengths, key=lambda n: cdiv(rows * cdiv(cols, n), _multiprocessors(arch)) * (n + inner))
 
 
-def fill(arch: str, programs: int, limit: int) -> int:
-    """Return in how many parts to split a reduction so that two programs per multiprocessor run; 1 to `limit`."""
-    return max(1, min(limit, 2 * _PROGRAMS.get(arch, 108) // max(programs, 1)))
+@functools.lru_cache(4096)
+def split_tokens(arch: str, M: int, rows: int, blocks: int) -> tuple[int, int]:
+    """Return in how many parts to cut a sum over M tokens for each of `blocks` programs, and the tokens of a part.
+
+    A part is a multiple of `rows`; writing and adding one costs about as much as four steps.
+    """
+    steps = cdiv(M, rows)
+    lengths = sorted({cdiv(steps, parts) for parts in range(1, min(steps, 64) + 1)}, reverse=True)
+    length = min(lengths, key=lambda n: cdiv(blocks * cdiv(steps, n), 2 * _multiprocessors(arch)) * (n + 4))
+    return cdiv(steps, length), length * rows
+
+
+def cdiv(a: int, b: int) -> int:
+    """Return a / b rounded up."""
+    return -(-a // b)
+
+
+def _multiprocessors(arch: str) -> int:
+    return _MULTIPROCESSORS.get(arch, 108)
 
 
 @functools.cache
@@ -202,24 +189,14 @@ def _config(kernel: str, dtype: str, arch: str, shape: str) -> Config:
         return Config(**found)
     if arch == "interpreter":
         # Small tiles, so that small tests have several of them.
-        return Config(32, 32, 32, split=0, group=2)
-    if (kernel, dtype, arch, shape) in CONFIGS:
-        return CONFIGS[kernel, dtype, arch, shape]
-    if shape == "decode" and (kernel, dtype) in _DECODE:
-        return _DECODE[kernel, dtype]
-    if shape == "odd" and dtype == "16":
-        # Rows that are not aligned are loaded element by element, which takes an address, hence registers, for each.
-        base = _BASE[kernel, dtype]
-        return dataclasses.replace(base, cols=min(base.cols, 64), num_warps=8)
-    return _BASE[kernel, dtype]
+        return Config(16 if shape == "few" else 32, 32, 32, group=2)
+    general = _SHIPPED.get((kernel, dtype, shape)) or _SHIPPED[kernel, dtype, "any"]
+    return CONFIGS.get((kernel, dtype, arch, shape), general)
 
 
 @functools.cache
 def _form(direction: str, dtype: str, arch: str, shape: str) -> str:
-    found = _overrides()["forms"].get(f"{direction}/{dtype}/{arch}/{shape}")
-    if found is not None:
-        return found
-    return _FORWARD_FORMS.get((dtype, shape), "epilogue") if direction == "forward" else "epilogue"
+    return str(_overrides()["forms"].get(f"{direction}/{dtype}/{arch}/{shape}", "fused"))
 
 
 @functools.cache
@@ -247,9 +224,10 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
             Config(**entry)
         for name, form in tables["forms"].items():
             direction, dtype, _, shape = name.split("/")
-            choices = {"forward": FORWARD_FORMS, "backward": BACKWARD_FORMS}.get(direction, ())
-            if form not in choices or dtype not in ("16", "32") or shape not in SHAPES:
-                raise ValueError(f"forms: expected one of {choices} for {name!r}, got {form!r}")
+            if direction not in DIRECTIONS or dtype not in ("16", "32") or shape not in SHAPES:
+                raise ValueError(f"forms: no direction, dtype and shape class of this version: {name!r}")
+            if form not in FORMS:
+                raise ValueError(f"forms: expected one of {FORMS} for {name!r}, got {form!r}")
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"tuning file {path}: {error}") from error
     return tables
