@@ -62,7 +62,7 @@ class Config:
 
 _SHIPPED = {
     # (kernel, dtype class, shape class) to what every GPU can launch.
-    ("low_rank_gemm", "16", "few"): Config(16, 32, 128, num_stages=4),
+    ("low_rank_gemm", "16", "few"): Config(16, 32, 64, num_stages=5),
     ("low_rank_gemm", "16", "small"): Config(64, 64, 32, num_stages=4),
     ("low_rank_gemm", "16", "large"): Config(128, 128, 32, num_warps=8, num_stages=4),
     ("low_rank_gemm", "32", "few"): Config(16, 32, 64),
