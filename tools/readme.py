@@ -24,14 +24,14 @@ README_PROVIDERS = ("cpu", "half-pruned", "peft-adamss", "peft-adamss-compiled",
 Rows = list[dict[str, Any]]
 
 
-def layer_table(rows: Rows, dtype: str) -> list[str]:
-    """Ratios of one layer to the bare linear layer, forward / forward + backward."""
-    cells = {(_shape(r), r["provider"], r["case"]["pass"]): r["ratio"]["median"] for r in rows if _dtype(r) == dtype}
-    shapes = list(dict.fromkeys(shape for shape, _, _ in cells))
-    lines = [_cells("shape", *(_title(p) for p in README_PROVIDERS)), "|---" * (len(README_PROVIDERS) + 1) + "|"]
-    for shape in shapes:
-        pairs = [[cells[shape, p, which] for which in (FORWARD, FORWARD_BACKWARD)] for p in README_PROVIDERS]
-        lines.append(_cells(shape, *(" / ".join(f"{ratio:.2f}" for ratio in pair) for pair in pairs)))
+def layer_table(rows: Rows, word: Callable[[dict[str, Any]], str]) -> list[str]:
+    """Ratios of one layer, which `word` names, to the bare linear layer, forward / forward + backward."""
+    cells = {(word(r), r["provider"], r["case"]["pass"]): r["ratio"]["median"] for r in rows}
+    names = [p for p in README_PROVIDERS if any(p == name for _, name, _ in cells)]
+    lines = [_cells("shape", *(_title(name) for name in names)), "|---" * (len(names) + 1) + "|"]
+    for layer in dict.fromkeys(layer for layer, _, _ in cells):
+        pairs = [[cells[layer, name, which] for which in (FORWARD, FORWARD_BACKWARD)] for name in names]
+        lines.append(_cells(layer, *(" / ".join(f"{ratio:.2f}" for ratio in pair) for pair in pairs)))
     return lines
 
 
@@ -262,6 +262,10 @@ def _dtype(row: dict[str, Any]) -> str:
     return dtype
 
 
+def _shape_and_dtype(row: dict[str, Any]) -> str:
+    return f"{_shape(row)}, {_dtype(row)}"
+
+
 def _cells(*cells: str) -> str:
     return "| " + " | ".join(cells) + " |"
 
@@ -281,8 +285,9 @@ def _source(environment: dict[str, Any], path: Path) -> str:
 
 # Table to document, suite (or file of a GPU), and what makes it.
 TABLES: dict[str, tuple[str, str, Callable[[Rows], list[str]]]] = {
-    "layer": ("README.md", "layer", lambda rows: layer_table(_of(rows, "layer"), "float32")),
-    "layer-bfloat16": ("README.md", "layer", lambda rows: layer_table(_of(rows, "layer"), "bfloat16")),
+    "layer": ("README.md", "layer", lambda rows: layer_table(_of(rows, "layer", "float32"), _shape)),
+    "layer-bfloat16": ("README.md", "layer", lambda rows: layer_table(_of(rows, "layer", "bfloat16"), _shape)),
+    "decode": ("README.md", "decode", lambda rows: layer_table(_of(rows, "decode"), _shape_and_dtype)),
     "model": ("README.md", "model", model_table),
     "minilm": ("README.md", "minilm", minilm_table),
     "asa": ("README.md", "asa", asa_table),
@@ -304,8 +309,8 @@ def _measured(suite: str) -> list[Path]:
     return [RESULTS / suite] if suite.endswith(".jsonl") else sorted(RESULTS.glob(f"*-{suite}.jsonl"))
 
 
-def _of(rows: Rows, suite: str) -> Rows:
-    return [row for row in rows if row["suite"] == suite]
+def _of(rows: Rows, suite: str, dtype: str | None = None) -> Rows:
+    return [row for row in rows if row["suite"] == suite and (dtype is None or _dtype(row) == dtype)]
 
 
 def main() -> int:
