@@ -86,6 +86,26 @@ def test_updates_of_several_tiles_are_the_formulas(method):
             torch.testing.assert_close(got.grad, p[name].grad, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_updates_of_several_tiles_alone_are_the_formulas(method):
+    """What is added to a base of another library."""
+    for N, D in LARGE:
+        layer = trained(method, double(N, D))
+        x = torch.randn(3, D, dtype=torch.float64, requires_grad=True)
+        p = {name: t.detach().clone().requires_grad_() for name, t in update_parameters(layer).items()}
+        x_naive, of_base = x.detach().clone().requires_grad_(), torch.randn(3, N, dtype=torch.float64)
+        y_naive = of_base + F.linear(x_naive, naive_update(layer, p))
+        y = layer.with_update(of_base.clone(), x)
+        torch.testing.assert_close(y, y_naive, rtol=1e-11, atol=1e-11)
+        dy = torch.randn_like(y)
+        y.backward(dy)
+        y_naive.backward(dy)
+        torch.testing.assert_close(x.grad, x_naive.grad, rtol=1e-9, atol=1e-9)
+        for name, got in update_parameters(layer).items():
+            torch.testing.assert_close(got.grad, p[name].grad, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize(("method", "options"), VARIANTS, ids=IDS)
 def test_gradients_pass_gradcheck(method, options):
     layer = trained(method, double(4, 6), **options)
