@@ -21,17 +21,17 @@ from .adapter_file import (
     require_values,
     write_layers,
 )
-from .bases import dense, foreign_kind, plain_linear
+from .bases import Kind, dense, foreign_kind, plain_linear
 from .compact import num_probes, solve
 from .config import AdaMSSConfig
 from .decompose import Decomposition, augmented, rebuild_basis
 from .distributed import full_tensor, gather_objects, is_sharded, is_writer, require_module, reshard, together, unwrap
-from .frozen_linear import LAYERS_BY_METHOD, FrozenLinear
+from .frozen_linear import LAYERS_BY_METHOD, LAYERS_OVER_BASE, FrozenLinear
 from .layout import SubspaceLayout
 from .linear import FusedAdaMSSLinear
 from .model import adapted_layers, replace_modules, saved_modules
 from .offload import is_offloaded, take_weights, weights_present
-from .over_base import AdaMSSOverBase
+from .over_base import AdaMSSOverBase, OverBase
 from .sharded import fill, fill_layers
 from .sketch import SKETCH_SHAPE, relative_difference, sketch, sketch_linear
 
@@ -225,7 +225,7 @@ def _load_layer(
     weight: Tensor
     bias: Tensor | None
     # A layer of another library as it was before it was adapted, of which W is read once and let go.
-    base = module.bare_base() if isinstance(module, AdaMSSOverBase) else module
+    base = module.bare_base() if isinstance(module, OverBase) else module
     kind = foreign_kind(name, base)
     if kind is not None:
         weight, bias = dense(base, kind)
@@ -260,10 +260,8 @@ def _load_layer(
         else:
             layer = adamss = AdaMSSOverBase(base, kind, decomposition, config)
         adamss.set_masks(*masks)
-    elif kind is None:
-        layer = _load_related(name, weight, bias, checkpoint)
     else:
-        raise ValueError(f"{name}: {info['method']} takes a plain nn.Linear, got a {kind.name}")
+        layer = _load_related(name, weight, bias, base, kind, checkpoint)
     return layer.train(module.training)
 
 
@@ -318,17 +316,24 @@ def _load_adamss(
     return decomposition, config, (t["active"], t["trainable"])
 
 
-def _load_related(name: str, weight: Tensor, bias: Tensor | None, checkpoint: Checkpoint) -> FrozenLinear:
+def _load_related(
+    name: str, weight: Tensor, bias: Tensor | None, base: nn.Module, kind: Kind | None, checkpoint: Checkpoint
+) -> FrozenLinear:
     info = checkpoint.header["layers"][name]
     if info["method"] not in LAYERS_BY_METHOD:
         raise ValueError(f"{checkpoint.path}: layer {name!r}: unknown method {info['method']!r}")
     # On meta nothing is drawn or decomposed.
     N, D = weight.shape
     shape = nn.Linear(D, N, bias=bias is not None, device="meta", dtype=weight.dtype)
-    layer = LAYERS_BY_METHOD[info["method"]].from_linear(shape, **info["options"])
+    layer: FrozenLinear
+    if kind is None:
+        layer = LAYERS_BY_METHOD[info["method"]].from_linear(shape, **info["options"])
+    else:
+        layer = LAYERS_OVER_BASE[info["method"]](base, kind, shape.weight, **info["options"])
     slots = layer.update_state()
     state = {key: checkpoint.take(f"layers.{name}.{key}", tuple(slot.shape)) for key, slot in slots.items()}
-    layer.weight, layer.bias = weight, bias
+    if kind is None:
+        layer.weight, layer.bias = weight, bias
     layer.load_state_dict({key: t.to(weight.device) for key, t in state.items()}, strict=False, assign=True)
     layer.modules_to_save = tuple(checkpoint.header["modules_to_save"])
     return layer

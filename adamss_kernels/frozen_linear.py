@@ -17,10 +17,15 @@ BASE_KEYS = ("weight", "bias", "original_weight", "original_bias")
 LAYERS_BY_METHOD: dict[str, type[Any]] = {}
 """Layers beside AdaMSS's that checkpoints hold, by the name of their method: classes with attributes `method` and
 `options`, and `from_linear(linear, **options)`. Whoever makes them registers them here."""
+LAYERS_OVER_BASE: dict[str, type[Any]] = {}
+"""Likewise those over a base of another library: each the class above with `over_base.OverBase` before it, made by
+`(base, kind, weight, **options)`."""
 
 
 class FrozenLinear(nn.Module):
     """A linear layer with a frozen weight and a trainable update of it; a method adds `forward` and `update_matrix`.
+
+    With `with_update` beside them it goes over bases of other libraries, too (`over_base.py`).
 
     Whatever is a parameter beside `weight` and `bias` is the method's and trains; what the method keeps fixed is a
     buffer.
@@ -69,6 +74,13 @@ class FrozenLinear(nn.Module):
 
     def update_matrix(self) -> Tensor:
         """Return what `delta_weight` does, differentiable in the update's parameters."""
+        raise NotImplementedError
+
+    def with_update(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return y (..., N), which a base of another library has computed of x (..., D), plus the update.
+
+        y is nobody else's, so that its memory may be taken.
+        """
         raise NotImplementedError
 
     @torch.no_grad()

@@ -1,13 +1,13 @@
-"""`AdaMSSOverBase`: AdaMSS over a linear layer of another library, which goes on computing its own product.
+"""`OverBase`: a layer over a linear layer of another library, which goes on computing its own product.
 
-x goes through the base's own forward, and with it come the base's own kernels, dtypes and gradient; then `add_update`
-adds ((x A^T + a) B^T) C^T to that output in place. The backward pass is theirs one after the other: dy reaches the base
-as it is, and dS Q is added to the base's dx by autograd.
+x goes through the base's own forward, and with it come the base's own kernels, dtypes and gradient; then the update is
+added to that output: for `AdaMSSOverBase` by `add_update`, in place. The backward pass is theirs one after the other:
+dy reaches the base as it is, and the update's gradient of x is added to the base's dx by autograd.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,17 @@ from .added_update import add_update
 from .bases import Kind, dense, require_base
 from .config import AdaMSSConfig
 from .decompose import Decomposition, decompose
+from .frozen_linear import FrozenLinear
 from .linear import FusedAdaMSSLinear
 from .offload import weights_present
 from .ops import UPDATE_OPERATORS
 from .subspaces import Subspaces
 
+Self = TypeVar("Self", bound="OverBase")
 
-class AdaMSSOverBase(FusedAdaMSSLinear):
-    """A frozen linear layer of another library with a trainable AdaMSS update.
+
+class OverBase(FrozenLinear):
+    """A frozen linear layer of another library with a trainable update, which goes before the class of that update.
 
     Parameters, buffers and their names are those of the base beside the update's, and so is the state dict; nothing of
     the weight is kept twice.
@@ -31,33 +34,25 @@ class AdaMSSOverBase(FusedAdaMSSLinear):
     Attributes:
         weight: As the base stores it: packed, or transposed. `base_parameters` returns W (N, D).
         kind: How the base is read.
+        other_ways: What the refusal to merge names beside what every method has.
     """
 
-    def __init__(self, base: nn.Module, kind: Kind, decomposition: Decomposition, config: AdaMSSConfig) -> None:
-        """Assemble a layer from parts; `inject_adamss` is the usual way.
+    kind: Kind
+    other_ways: ClassVar[str] = ""
+
+    def bind_base(self, base: nn.Module, kind: Kind) -> None:
+        """Take weight and bias from a base, in place of those that the update's constructor was given.
 
         Args:
             base: Left as it is; its parameters are shared.
             kind: How it is read.
-            decomposition: Basis, layout, B and C for its weight.
-            config: Uses save_for_backward and backend.
-
-        Raises:
-            ValueError: `config.backend` names one that has no kernel for the update alone.
         """
-        if config.backend not in ("auto", "reference", *UPDATE_OPERATORS):
-            expected = ", ".join(map(repr, ("auto", "reference", *UPDATE_OPERATORS)))
-            raise ValueError(
-                f"backend: expected one of {expected}, which compute the update alone, over a {kind.name}, got "
-                f"{config.backend!r}"
-            )
-        N, D = decomposition.layout.num_rows, decomposition.basis.shape[1]
-        super().__init__(nn.Parameter(torch.empty(N, D, device="meta")), None, decomposition, config)
         self.kind = kind
         own = copy_of(base)
         self._base_names = (tuple(own._parameters), tuple(own._buffers))
         # One namespace for both: what is moved, cast, assigned or loaded here is what the base computes with.
-        self.__dict__["_parameters"] = {**own._parameters, "B": self.B, "C": self.C}
+        of_update = {name: p for name, p in self._parameters.items() if name not in ("weight", "bias")}
+        self.__dict__["_parameters"] = {**own._parameters, **of_update}
         self.__dict__["_buffers"] = {**own._buffers, **self._buffers}
         self._non_persistent_buffers_set |= own._non_persistent_buffers_set
         share(own, self._parameters, self._buffers, self._non_persistent_buffers_set)
@@ -70,14 +65,7 @@ class AdaMSSOverBase(FusedAdaMSSLinear):
         """Map x (..., D) to y (..., N), of the dtype that the base returns."""
         base: nn.Module = self.__dict__["_base"]
         y = self.kind.forward(base, x)
-        if self.merged:
-            return y
-        contributes = learns = True
-        if not torch.compiler.is_compiling() and self._idle is not None:
-            contributes, learns = self._still_idle(self._idle)
-        rows = (self.row_subspace, self.offsets, self.active, self.trainable)
-        subspaces = Subspaces(self.basis, self.basis_bias, *rows, contributes, learns)
-        return add_update(y, x, self.B, self.C, subspaces, self.config.save_for_backward, self.config.backend)
+        return y if self.merged else self.with_update(y, x)
 
     def bare_base(self) -> nn.Module:
         """Return the base by itself, as it was before it was adapted or merged; parameters are shared."""
@@ -107,8 +95,8 @@ class AdaMSSOverBase(FusedAdaMSSLinear):
             raise TypeError(
                 f"merge: the weight of a {self.kind.name} is quantised, and would round the update away. "
                 "to_linear(dtype) and merge_and_unload(model, dtype) give plain layers of the dequantised weight and "
-                "the update; save_adapter and load_adapter bring the update onto the base in full precision; "
-                "export_lora serves it beside this base"
+                "the update; save_adapter and load_adapter bring the update onto the base in full precision"
+                f"{self.other_ways}"
             )
         super().merge(keep_original_on=keep_original_on)
 
@@ -142,12 +130,12 @@ class AdaMSSOverBase(FusedAdaMSSLinear):
     def _load_base(self, *args: Any) -> None:
         self.__dict__["_base"]._load_from_state_dict(*args)
 
-    def train(self, mode: bool = True) -> AdaMSSOverBase:
+    def train(self: Self, mode: bool = True) -> Self:
         """Set whether this layer and its base train, as `nn.Module.train`."""
         self.__dict__["_base"].train(mode)
         return super().train(mode)
 
-    def _replicate_for_data_parallel(self) -> AdaMSSOverBase:
+    def _replicate_for_data_parallel(self: Self) -> Self:
         replica: Any = super()._replicate_for_data_parallel()
         base = copy_of(replica._base)
         # `DataParallel` gives the replica its parameters later, as attributes: to this namespace.
@@ -158,6 +146,43 @@ class AdaMSSOverBase(FusedAdaMSSLinear):
     def extra_repr(self) -> str:
         """Summarise the layer for `print(model)`."""
         return f"{super().extra_repr()}, base={self.kind.name}"
+
+
+class AdaMSSOverBase(OverBase, FusedAdaMSSLinear):
+    """A frozen linear layer of another library with a trainable AdaMSS update."""
+
+    other_ways = "; export_lora serves it beside this base"
+
+    def __init__(self, base: nn.Module, kind: Kind, decomposition: Decomposition, config: AdaMSSConfig) -> None:
+        """Assemble a layer from parts; `inject_adamss` is the usual way.
+
+        Args:
+            base: Left as it is; its parameters are shared.
+            kind: How it is read.
+            decomposition: Basis, layout, B and C for its weight.
+            config: Uses save_for_backward and backend.
+
+        Raises:
+            ValueError: `config.backend` names one that has no kernel for the update alone.
+        """
+        if config.backend not in ("auto", "reference", *UPDATE_OPERATORS):
+            expected = ", ".join(map(repr, ("auto", "reference", *UPDATE_OPERATORS)))
+            raise ValueError(
+                f"backend: expected one of {expected}, which compute the update alone, over a {kind.name}, got "
+                f"{config.backend!r}"
+            )
+        N, D = decomposition.layout.num_rows, decomposition.basis.shape[1]
+        FusedAdaMSSLinear.__init__(self, nn.Parameter(torch.empty(N, D, device="meta")), None, decomposition, config)
+        self.bind_base(base, kind)
+
+    def with_update(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return y (..., N), which the base has computed of x (..., D), plus the update, in y's memory."""
+        contributes = learns = True
+        if not torch.compiler.is_compiling() and self._idle is not None:
+            contributes, learns = self._still_idle(self._idle)
+        rows = (self.row_subspace, self.offsets, self.active, self.trainable)
+        subspaces = Subspaces(self.basis, self.basis_bias, *rows, contributes, learns)
+        return add_update(y, x, self.B, self.C, subspaces, self.config.save_for_backward, self.config.backend)
 
 
 def adapt(name: str, base: nn.Module, config: AdaMSSConfig) -> FusedAdaMSSLinear:

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from adapter_variants import IDS, VARIANTS, update_parameters
+from adapter_variants import IDS, VARIANTS, cayley, move, naive_update, update_parameters
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -22,51 +22,22 @@ LARGE = [(TILE + 44, TILE + 14), (TILE + 14, TILE + 44)]
 
 def trained(method: str, linear: nn.Linear, seed: int = 0, **options) -> AdapterLinear:
     """A layer whose parameters all moved, as training would move them: at initialisation the update hides errors."""
-    layer = METHODS[method].from_linear(linear, **options)
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in update_parameters(layer).values():
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        parameter.data.add_(0.3 * noise.to(parameter.dtype))
-    return layer
+    return move(METHODS[method].from_linear(linear, **options), seed)
 
 
 def double(N: int, D: int, bias: bool = True) -> nn.Linear:
     return nn.Linear(D, N, bias=bias, dtype=torch.float64)
 
 
-def cayley(R: Tensor) -> Tensor:
-    K = (R - R.T) / 2
-    identity = torch.eye(len(R), dtype=R.dtype)
-    return (identity - K) @ torch.linalg.inv(identity + K)
-
-
 def naive_weight(layer: AdapterLinear, p: dict[str, Tensor]) -> Tensor:
     """W + dW of the published formulas, one entry or one basis at a time; autograd gives the gradients."""
-    W, o, b = layer.weight.detach(), layer.options, dict(layer.named_buffers())
-    N, D = W.shape
-    if layer.method == "lora":
-        return W + o["alpha"] / o["rank"] * p["B"] @ p["A"]
-    if layer.method == "sinlora":
-        return W + p.get("alpha", o["alpha"]) * torch.sin(p.get("omega", o["omega"]) * (p["B"] @ p["A"]))
-    if layer.method == "randlora":
-        update = torch.zeros(max(N, D), min(N, D), dtype=W.dtype)
-        for k in range(len(p["A"])):
-            update = update + b["basis_a"][k] @ torch.diag(p["A"][k]) @ b["basis_b"] @ torch.diag(p["B"][k])
-        return W + o["scaling"] * (update if N >= D else update.T)
-    if layer.method == "kronecker":
-        product = torch.kron(p["A"], p["B"])
-        assert product.shape[0] >= N
-        assert product.shape[1] >= D
-        return W + product[:N, :D]
-    if layer.method == "kradapter":
-        r = p["u"].shape[1]
-        c = torch.arange(max(N, D))
-        update = p["v"][:, c // r] * p["u"][:, c % r]
-        return W + o["scaling"] * (update if N <= D else update.T)
+    W, o = layer.weight.detach(), layer.options
+    if "spectral" not in layer.method:
+        return W + naive_update(layer, p)
     # The Spectral Adapters put W together again from all its singular columns.
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-    r = min(o["rank"], N, D)
-    first = {"top": 0, "bottom": min(N, D) - r}.get(o["window"], o["window"])
+    r = min(o["rank"], *W.shape)
+    first = {"top": 0, "bottom": min(W.shape) - r}.get(o["window"], o["window"])
     window = slice(first, first + r)
     U1, S1, V1 = U[:, window], S[window], Vh[window].T
     rest = W - U1 @ torch.diag(S1) @ V1.T
@@ -111,6 +82,26 @@ def test_updates_of_several_tiles_are_the_formulas(method):
         dy = torch.randn_like(y)
         y.backward(dy)
         y_naive.backward(dy)
+        for name, got in update_parameters(layer).items():
+            torch.testing.assert_close(got.grad, p[name].grad, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_updates_of_several_tiles_alone_are_the_formulas(method):
+    """What is added to a base of another library."""
+    for N, D in LARGE:
+        layer = trained(method, double(N, D))
+        x = torch.randn(3, D, dtype=torch.float64, requires_grad=True)
+        p = {name: t.detach().clone().requires_grad_() for name, t in update_parameters(layer).items()}
+        x_naive, of_base = x.detach().clone().requires_grad_(), torch.randn(3, N, dtype=torch.float64)
+        y_naive = of_base + F.linear(x_naive, naive_update(layer, p))
+        y = layer.with_update(of_base.clone(), x)
+        torch.testing.assert_close(y, y_naive, rtol=1e-11, atol=1e-11)
+        dy = torch.randn_like(y)
+        y.backward(dy)
+        y_naive.backward(dy)
+        torch.testing.assert_close(x.grad, x_naive.grad, rtol=1e-9, atol=1e-9)
         for name, got in update_parameters(layer).items():
             torch.testing.assert_close(got.grad, p[name].grad, rtol=1e-9, atol=1e-9)
 

@@ -6,11 +6,13 @@ import copy
 import itertools
 import logging
 import pickle
+import warnings
 import weakref
 
 import pytest
 import torch
 from accuracy import naive, relative_error
+from adapter_variants import IDS, VARIANTS, move, naive_update, update_parameters
 from conftest import Problem, randomise
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,6 +33,7 @@ from adamss_kernels import (
     save_adapter,
 )
 from adamss_kernels.adapters import METHODS, inject_adapter
+from adamss_kernels.adapters.spectrum import singular_window
 from adamss_kernels.bases import dense, require_base
 from adamss_kernels.formats import import_peft
 from adamss_kernels.model import adamss_layers
@@ -586,16 +589,268 @@ def test_stock_peft_serves_an_exported_lora_over_the_base(which, tmp_path):
     torch.testing.assert_close(served(x), model.train()(x))
 
 
+def related(which: str, method: str, dtype: torch.dtype = torch.float32, **options) -> Model:
+    torch.manual_seed(1)
+    return inject_adapter(Model(which, dtype), method, ["up"], progress=False, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("which", BASES)
 @pytest.mark.parametrize("method", METHODS)
-def test_related_methods_refuse_such_bases_by_the_names_of_layer_and_method(method, tmp_path):
-    model = Model("conv1d")
-    before = model.block["up"]
-    with pytest.raises(TypeError, match=rf"^block\.up: {method} takes a plain nn\.Linear, got a transformers Conv1D"):
+def test_a_related_method_starts_as_the_base(method, which, dtype):
+    base = Model(which, dtype).block["up"]
+    names = [name for name, _ in base.named_parameters()]
+    model = related(which, method, dtype)
+    layer = model.block["up"]
+    assert isinstance(layer, METHODS[method])
+    assert {type(p) for p in update_parameters(layer).values()} == {nn.Parameter}
+    assert {p.dtype for p in update_parameters(layer).values()} == {torch.float32}
+    assert [name for name, _ in layer.named_parameters()] == [*names, *update_parameters(layer)]
+    trains = {f"block.up.{name}" for name in update_parameters(layer)}
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trains
+    base.support_avx512bf16_for_cpu = False
+    for mode in (True, False):
+        x = torch.randn(2, 5, D, dtype=dtype)
+        y, expected = layer.train(mode)(x), base.train(mode)(x)
+        # The rotational core is diag(S1) - diag(S1) only up to the rounding of S1, which x V1 multiplies.
+        slack = 0 if method != "spectral_rotational" else 4 * torch.finfo(dtype).eps * expected.abs().max().item()
+        torch.testing.assert_close(y, expected, rtol=0, atol=slack)
+    y.float().square().sum().backward()
+    assert any(p.grad.any() for p in update_parameters(layer).values()), "training can leave the start"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("which", BASES)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_related_methods_error_is_at_most_twice_plain_pytorchs_plus_one_rounding(method, which, dtype):
+    layer = move(related(which, method, dtype).block["up"])
+    W, bias = layer.base_parameters()
+    x, dy = torch.randn(37, D).to(dtype).requires_grad_(), torch.randn(37, N).to(dtype)
+    y = layer(x)
+    assert y.dtype == dtype
+    y.backward(dy)
+    of_base = 0
+    if which in ROUNDS_X:
+        of_base = layer.bare_base()(x.detach()).double() - x.detach().double() @ W.double().T - bias.double()
+
+    def formula(of_x: torch.dtype, of_update: torch.dtype) -> dict[str, torch.Tensor]:
+        p = {n: t.detach().to(of_update).requires_grad_() for n, t in update_parameters(layer).items()}
+        z = x.detach().to(of_x).requires_grad_()
+        # The dequantised weight is exact; where it is wider than what the base computes in, it is rounded first.
+        out = nn.functional.linear(z, W.to(of_x), bias.to(of_x))
+        out = out + of_base + nn.functional.linear(z, naive_update(layer, p).to(of_x))
+        out = out.to(of_x)
+        out.backward(dy.to(of_x))
+        return {"y": out, "x": z.grad} | {name: t.grad for name, t in p.items()}
+
+    exact, plain = formula(torch.float64, torch.float64), formula(dtype, torch.float32)
+    got = {"y": y, "x": x.grad} | {name: p.grad for name, p in update_parameters(layer).items()}
+    of_plain = {name: relative_error(plain[name], want) for name, want in exact.items()}
+    # Of the few numbers of some parameters the plain error may be small by luck: the method's worst counts.
+    of_update = max(error for name, error in of_plain.items() if name not in "xy")
+    for name, want in exact.items():
+        assert got[name].dtype == (dtype if name in "xy" else torch.float32)
+        error = of_plain[name] if name in "xy" else of_update
+        assert relative_error(got[name], want) <= 2 * error + torch.finfo(dtype).eps / 2, name
+
+
+@pytest.mark.parametrize(("method", "options"), VARIANTS, ids=IDS)
+def test_a_related_method_over_a_base_is_its_formula_with_any_options(method, options):
+    layer = move(related("conv1d", method, torch.float64, **options).block["up"])
+    W, bias = layer.base_parameters()
+    p = {name: t.detach().clone().requires_grad_() for name, t in update_parameters(layer).items()}
+    x = torch.randn(2, 5, D, dtype=torch.float64, requires_grad=True)
+    z = x.detach().clone().requires_grad_()
+    update = naive_update(layer, p)
+    y, expected = layer(x), nn.functional.linear(z, W + update, bias)
+    torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(layer.delta_weight(), update.detach(), rtol=1e-11, atol=1e-11)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    expected.backward(dy)
+    for got, want in ((x, z), *((layer.get_parameter(name), t) for name, t in p.items())):
+        torch.testing.assert_close(got.grad, want.grad, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("which", BASES)
+@pytest.mark.parametrize("method", ["spectral_additive", "spectral_rotational"])
+def test_spectral_adapters_tune_singular_columns_of_the_dequantised_weight(method, which):
+    layer = related(which, method, rank=5, window="bottom").block["up"]
+    expected = singular_window(layer.base_parameters()[0], 5, "bottom")
+    assert all(torch.equal(got, t) for got, t in zip((layer.U1, layer.S1, layer.V1), expected, strict=True))
+
+
+@pytest.mark.parametrize("which", QUANTISED)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_related_method_keeps_no_copy_of_the_weight_in_full(method, which):
+    layer = related(which, method, **({"rank": 4, "num_bases": 3} if method == "randlora" else {})).block["up"]
+    held = (*layer.parameters(), *layer.buffers(), *layer.bare_base().parameters())
+    plain = [t for t in held if type(t) in (nn.Parameter, torch.Tensor) and t.is_floating_point()]
+    assert max(t.numel() for t in plain) < D * N
+    assert layer.weight is layer.bare_base().weight
+
+
+@pytest.mark.parametrize("which", BASES)
+@pytest.mark.parametrize("method", METHODS)
+def test_an_adapter_of_a_related_method_loads_onto_the_base_and_onto_the_full_weight(method, which, tmp_path):
+    model = related(which, method)
+    delta, x = move(model.block["up"]).delta_weight(), torch.randn(4, D)
+    expected = model(x)
+    save_adapter(model, tmp_path)
+    fresh = Model(which)
+    fresh.head.load_state_dict(model.head.state_dict())
+    # The second time onto one that is adapted already.
+    for _ in range(2):
+        assert torch.equal(load_adapter(fresh, tmp_path)(x), expected)
+        assert type(fresh.block["up"]) is type(model.block["up"])
+        assert all(p.requires_grad for p in update_parameters(fresh.block["up"]).values())
+    plain = Model("linear")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BaseWeightWarning)
+        load_adapter(plain, tmp_path, strict=False)
+    assert type(plain.block["up"]) is METHODS[method]
+    assert torch.equal(plain.block["up"].delta_weight(), delta)
+    # And the other way, as a model is quantised for serving.
+    save_adapter(plain, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BaseWeightWarning)
+        assert torch.equal(load_adapter(Model(which), tmp_path, strict=False).block["up"].delta_weight(), delta)
+
+
+@pytest.mark.parametrize("which", ["conv1d", "nf4", "bnb-int8", "ao-int8"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_related_method_becomes_a_plain_layer_of_the_dequantised_weight(method, which):
+    model = related(which, method)
+    layer, x = move(model.block["up"]), torch.randn(5, D)
+    W, bias = layer.base_parameters()
+    for dtype in (None, torch.bfloat16):
+        linear = layer.to_linear(dtype)
+        assert type(linear) is nn.Linear
+        assert torch.equal(linear.weight, (W + layer.delta_weight()).to(dtype or W.dtype))
+        assert torch.equal(linear.bias, bias.to(dtype or bias.dtype))
+    expected = model(x)
+    if which == "conv1d":
+        layer.merge()
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+        layer.unmerge()
+        assert torch.equal(model(x), expected)
+    else:
+        with pytest.raises(TypeError, match=r"merge: .* quantised.*to_linear\(dtype\).*in full precision$"):
+            layer.merge()
+    merge_and_unload(model, torch.float32)
+    assert type(model.block["up"]).__name__ == ("Conv1D" if which == "conv1d" else "Linear")
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("which", ["conv1d", "nf4", "bnb-int8", "ao-int8"])
+@pytest.mark.parametrize("method", METHODS)
+def test_layers_of_a_related_method_are_copied_and_their_state_is_loaded(method, which):
+    model, x = related(which, method), torch.randn(5, D)
+    layer = move(model.block["up"])
+    expected = layer(x)
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(copied(x), expected)
+        for p in update_parameters(copied).values():
+            p.data.zero_()
+        assert torch.equal(layer(x), expected)
+    other = related(which, method)
+    other.load_state_dict(model.state_dict(), strict=which != "nf4")
+    torch.testing.assert_close(other.block["up"](x), expected)
+
+
+@pytest.mark.parametrize("which", ["conv1d", "nf4", "bnb-int8", "ao-int8"])
+@pytest.mark.parametrize("method", METHODS)
+def test_autocast_over_a_base_loses_no_more_of_a_related_method_than_of_the_base(method, which):
+    layer, x = move(related(which, method).block["up"]), torch.randn(6, D, requires_grad=True)
+    exact, base = layer(x).double(), layer.bare_base()
+    with torch.autocast("cpu", torch.bfloat16):
+        y, of_base = layer(x), base(x)
+        assert y.dtype == of_base.dtype
+    y.float().sum().backward()
+    assert x.grad.dtype == torch.float32
+    assert all(p.grad.dtype == torch.float32 for p in update_parameters(layer).values())
+    # x, a factor or a tile, S and the sum are each rounded once to the base's dtype.
+    lost = relative_error(of_base, base(x).double())
+    delta = (x.double() @ layer.delta_weight().double().T).norm() / exact.norm()
+    rounding = torch.finfo(of_base.dtype).eps / 2
+    assert relative_error(y, exact) <= 2 * lost * (base(x).norm() / exact.norm()) + 4 * rounding * max(1, delta)
+
+
+@pytest.mark.parametrize("which", ["nf4", "bnb-int8", "ao-int8"])
+@pytest.mark.parametrize("method", METHODS)
+def test_shapes_of_nn_linear_go_through_a_related_method_over_a_base_without_bias(method, which):
+    model = inject_adapter(Model(which, bias=False), method, ["up"], progress=False)
+    layer = move(model.block["up"])
+    whole = layer.base_parameters()[0] + layer.delta_weight()
+    for shape in ((1, D), (3, D), (2, 3, D), (2, 1, 3, D)):
+        x = torch.randn(shape, requires_grad=True)
+        y = layer(x)
+        torch.testing.assert_close(y, x @ whole.T, rtol=1e-4, atol=1e-4)
+        y.sum().backward()
+        torch.testing.assert_close(x.grad, whole.sum(0).expand(shape), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("which", ["conv1d", "nf4", "ao-float8"])
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_of_gradients_of_a_related_method_over_a_base_are_right_or_refused(method, which):
+    layer = move(related(which, method).block["up"])
+    W, bias = layer.base_parameters()
+    x = torch.randn(3, D, requires_grad=True)
+    (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    parameters = update_parameters(layer)
+    if method in ("sinlora", "randlora", "kronecker", "kradapter"):
+        with pytest.raises(RuntimeError, match="once_differentiable|twice"):
+            dx.square().sum().backward()
+        return
+    got = torch.autograd.grad(dx.square().sum(), list(parameters.values()))
+    p = {name: t.detach().double().requires_grad_() for name, t in parameters.items()}
+    z, whole = x.detach().double().requires_grad_(), W.double() + naive_update(layer, p)
+    y = nn.functional.linear(z, whole, bias.double())
+    (dz,) = torch.autograd.grad(y.square().sum(), z, create_graph=True)
+    for found, want in zip(got, torch.autograd.grad(dz.square().sum(), list(p.values())), strict=True):
+        assert relative_error(found, want) < 1e-4
+
+
+def test_shapes_of_a_related_method_over_a_base_without_values_are_set_up(tmp_path):
+    for method in METHODS:
+        with torch.device("meta"):
+            model, fresh = nn.ModuleDict({"up": make_base("conv1d")}), nn.ModuleDict({"up": make_base("conv1d")})
+        source = related("conv1d", method).block
+        move(source["up"])
         inject_adapter(model, method, ["up"], progress=False)
-    assert model.block["up"] is before
-    save_adapter(inject_adapter(Model("linear"), method, ["up"], progress=False), tmp_path)
-    with pytest.raises(ValueError, match=rf"^block\.up: {method} takes a plain nn\.Linear, got a transformers Conv1D"):
-        load_adapter(model, tmp_path)
+        assert {p.device.type for p in model.parameters()} == {"meta"}
+        model.to_empty(device="cpu").load_state_dict(source.state_dict())
+        x = torch.randn(3, D)
+        torch.testing.assert_close(model["up"](x), source["up"](x))
+        save_adapter(source, tmp_path)
+        with pytest.warns(UserWarning, match="only shapes are set up"):
+            load_adapter(fresh, tmp_path)
+        assert fresh["up"].weight.is_meta
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["conv1d", "nf4", "bnb-int8", "ao-int8"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_compiled_layer_of_a_related_method_computes_and_learns_the_same(method, which):
+    torch._dynamo.reset()
+    layer = move(related(which, method).block["up"])
+    x = torch.randn(5, D, requires_grad=True)
+    leaves, results = (x, *update_parameters(layer).values()), []
+    for f in (layer, torch.compile(layer, backend="aot_eager")):
+        y = f(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
+    for got, want in zip(results[1], results[0], strict=True):
+        assert relative_error(got, want.double()) < 1e-4
+
+
+def test_a_related_method_names_the_base_that_cannot_be_adapted_and_the_option_that_is_wrong():
+    bnb = pytest.importorskip("bitsandbytes").nn
+    with pytest.raises(TypeError, match="the weight of 'up' is not quantised yet"):
+        inject_adapter(nn.ModuleDict({"up": bnb.Linear4bit(D, N)}), "lora", ["up"], progress=False)
+    model = Model("nf4")
+    before = model.block["up"]
+    with pytest.raises(ValueError, match=r"^block\.up: rank: expected an integer >= 1, got 0"):
+        inject_adapter(model, "lora", ["up"], rank=0, progress=False)
     assert model.block["up"] is before
 
 

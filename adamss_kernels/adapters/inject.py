@@ -7,14 +7,15 @@ from typing import Any
 
 from torch import nn
 
-from ..bases import foreign_kind, plain_linear
+from ..bases import dense, require_base
 from ..config import AdaMSSConfig
-from ..frozen_linear import LAYERS_BY_METHOD
+from ..frozen_linear import LAYERS_BY_METHOD, LAYERS_OVER_BASE
 from ..model import replace_targets
 from .kradapter import KRAdapterLinear
 from .kronecker import KroneckerLinear
 from .layer import AdapterLinear
 from .lora import LoRALinear
+from .over_base import METHODS_OVER_BASE
 from .randlora import RandLoRALinear
 from .sinlora import SinLoRALinear
 from .spectral_additive import SpectralAdditiveLinear
@@ -34,6 +35,7 @@ METHODS: dict[str, type[AdapterLinear]] = {
 }
 """Name of each method and the layer that has it; AdaMSS itself is `FusedAdaMSSLinear`."""
 LAYERS_BY_METHOD.update(METHODS)
+LAYERS_OVER_BASE.update(METHODS_OVER_BASE)
 
 
 def inject_adapter(
@@ -45,16 +47,18 @@ def inject_adapter(
     progress: bool = True,
     **options: Any,
 ) -> nn.Module:
-    """Replace the targeted `nn.Linear`s by layers of `method` and freeze everything else.
+    """Replace the targeted linear layers by layers of `method` and freeze everything else.
 
     As `inject_adamss` does: the update of every adapted layer and all parameters under `modules_to_save` train, a
-    module with several names is wrapped once, and either all targets are replaced or none.
+    module with several names is wrapped once, and either all targets are replaced or none. Bases of other libraries are
+    those that `inject_adamss` takes. They go on computing their own product, to which x dW^T is added; nothing is kept
+    of a dequantised weight but, by the Spectral Adapters, the singular columns that they tune.
 
     Args:
         model: Changed in place.
         method: A key of `METHODS`.
         target_modules: Name suffixes, or one regular expression matched against full names; None takes every
-            `nn.Linear` outside `modules_to_save`.
+            linear layer outside `modules_to_save`.
         modules_to_save: Name suffixes of modules that are trained in full and saved with the adapter.
         progress: Show a progress bar with layer names and remaining time.
         **options: Settings of the method, the same for every layer: see its class.
@@ -65,8 +69,7 @@ def inject_adapter(
     Raises:
         ValueError: The method is unknown, an option is outside its domain, a pattern matches nothing, or `model` is
             itself the linear layer.
-        TypeError: The method has no such option, or a target is not exactly an `nn.Linear`, or quantised: such bases
-            AdaMSS alone takes. The message names the layer.
+        TypeError: The method has no such option, or a target cannot be adapted. The message names the layer.
     """
     if method not in METHODS:
         advice = "; AdaMSS itself is inject_adamss" if str(method).lower() == "adamss" else ""
@@ -80,12 +83,13 @@ def inject_adapter(
     choice = AdaMSSConfig(target_modules=target_modules, modules_to_save=modules_to_save)
 
     def build(base: nn.Module, name: str) -> AdapterLinear:
-        kind = foreign_kind(name, base)
-        if kind is not None:
-            raise TypeError(f"{name}: {method} takes a plain nn.Linear, got a {kind.name}, which AdaMSS alone adapts")
-        linear = plain_linear(name, base)
+        kind, own = require_base(name, base), base._parameters
+        layer: AdapterLinear
         try:
-            layer = METHODS[method](linear.weight, linear.bias, **options)
+            if kind is None:
+                layer = METHODS[method](own["weight"], own["bias"], **options)  # type: ignore[arg-type]
+            else:
+                layer = METHODS_OVER_BASE[method](base, kind, dense(base, kind)[0], **options)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         layer.modules_to_save = tuple(choice.modules_to_save or ())

@@ -21,7 +21,9 @@ Self = TypeVar("Self", bound="AdapterLinear")
 
 
 class AdapterLinear(FrozenLinear):
-    """A frozen linear layer with the trainable update of one method, which adds `adapted` and `update_matrix`.
+    """A frozen linear layer with the trainable update of one method.
+
+    A method adds `adapted`, `with_update` and `update_matrix`.
 
     Parameters of the update are float32, or float64 over a float64 weight; gradients come back in their dtype.
 

@@ -30,10 +30,9 @@ class LoRALinear(LowRankLinear):
         self.B = nn.Parameter(self.zeros(self.out_features, rank))
         self.bind_subspace(rank)
 
-    def adapted(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Map x (M, D) to y (M, N)."""
-        A = self.A if self.scaling == 1 else self.scaling * self.A
-        return self.add_product(x, weight, bias, A, self.B)
+    def factors(self) -> tuple[Tensor, Tensor, None]:
+        """Return scaling A (rank, D) and B (N, rank), whose product is dW."""
+        return self.A if self.scaling == 1 else self.scaling * self.A, self.B, None
 
     def update_matrix(self) -> Tensor:
         """Return the update of W (N, D), at least float32, as a function of the parameters."""

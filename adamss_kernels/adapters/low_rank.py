@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..added_update import add_update
 from ..functional import fused_linear
 from ..subspaces import Subspaces
-from .layer import AdapterLinear
+from .layer import AdapterLinear, without_autocast
 
 
 class LowRankLinear(AdapterLinear):
-    """A layer with an update V U of rank r: it holds the row map of the one subspace that AdaMSS's kernels are told of.
+    """A layer with an update of rank r: it holds the row map of the one subspace that AdaMSS's kernels are told of.
 
     Attributes:
         row_subspace: (N,) int32 buffer, all zero.
@@ -36,19 +37,23 @@ class LowRankLinear(AdapterLinear):
         """Return what the kernels take beside W, B and C: the one subspace, behind `basis` (R, D) or none."""
         return Subspaces(basis, None, self.row_subspace, self.offsets)
 
-    def add_product(self, x: Tensor, weight: Tensor, bias: Tensor | None, U: Tensor, V: Tensor) -> Tensor:
-        """Return y = x W^T + bias + (x U^T) V^T: (M, N), differentiable once in every argument.
+    def factors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return B (r, R), C (N, r) and A (R, D) as AdaMSS's kernels take them: dW = C B A, or C B where A is None.
 
-        That is AdaMSS's operator with U as its B, V as its C and no basis. Backward keeps x and S = x U^T (M, r).
-
-        Args:
-            x: (M, D).
-            weight: W (N, D), dtype of x.
-            bias: (N,), dtype of x, or None.
-            U: (r, D), any floating dtype.
-            V: (N, r), any floating dtype.
+        Without A backward keeps x and S = x B^T (M, r).
         """
-        return fused_linear(x, weight, bias, U, V, self.subspaces())
+        raise NotImplementedError
+
+    def adapted(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Map x (M, D) to y (M, N)."""
+        B, C, basis = self.factors()
+        return fused_linear(x, weight, bias, B, C, self.subspaces(basis))
+
+    def with_update(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return y (..., N) plus the update, in y's memory."""
+        with without_autocast(x):
+            B, C, basis = self.factors()
+        return add_update(y, x, B, C, self.subspaces(basis))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRankLinear:
         super()._apply(fn, recurse)

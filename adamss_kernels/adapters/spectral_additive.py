@@ -24,18 +24,14 @@ class SpectralAdditiveLinear(SpectralLinear):
         self.dV = nn.Parameter(torch.zeros_like(self.V1))
         self.bind_subspace(2 * self.S1.shape[0])
 
-    def _factors(self) -> tuple[Tensor, Tensor]:
+    def factors(self) -> tuple[Tensor, Tensor, None]:
         """Return (2 r, D) and (N, 2 r), whose product is dW; no difference of large terms is taken."""
         right = torch.cat((self.V1 + self.dV, self.dV), dim=1)
         left = torch.cat((self.dU * self.S1, self.U1 * self.S1), dim=1)
-        return right.t(), left
-
-    def adapted(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Map x (M, D) to y (M, N)."""
-        return self.add_product(x, weight, bias, *self._factors())
+        return right.t(), left, None
 
     def update_matrix(self) -> Tensor:
         """Return the update of W (N, D), at least float32, as a function of the parameters."""
         acc = torch.promote_types(self.dU.dtype, torch.float32)
-        right, left = self._factors()
+        right, left, _ = self.factors()
         return left.to(acc) @ right.to(acc)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..functional import fused_linear
 from .spectrum import SpectralLinear
 
 
@@ -37,9 +36,9 @@ class SpectralRotationalLinear(SpectralLinear):
         Q_A, Q_B = _cayley(self.R_A.to(acc)), _cayley(self.R_B.to(acc))
         return (Q_A * (S1 * self.c.to(acc))) @ Q_B.t() - torch.diag(S1)
 
-    def adapted(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Map x (M, D) to y (M, N)."""
-        return fused_linear(x, weight, bias, self.core(), self.U1, self.subspaces(self.V1.t()))
+    def factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return M (r, r), U1 (N, r) and V1^T (r, D), whose product is dW."""
+        return self.core(), self.U1, self.V1.t()
 
     def update_matrix(self) -> Tensor:
         """Return the update of W (N, D), at least float32, as a function of the parameters."""

@@ -59,6 +59,14 @@ class TiledLinear(AdapterLinear):
         y: Tensor = _TiledLinear.apply(x, weight, bias, self.update, *self._update_tensors())
         return y
 
+    def with_update(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return y (..., N) plus the update."""
+        # Under autocast, or where the base computes in a dtype of its own.
+        rows = x.to(y.dtype).reshape(-1, self.in_features)
+        with without_autocast(x):
+            update: Tensor = _TiledLinear.apply(rows, None, None, self.update, *self._update_tensors())
+        return y + update.view(y.shape)
+
     def update_matrix(self) -> Tensor:
         """Return the update of W (N, D), at least float32, as a function of the parameters."""
         update, values = self.update, _accumulating(self._update_tensors())
@@ -82,24 +90,26 @@ def _accumulating(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 class _TiledLinear(torch.autograd.Function):
+    """y = x (W + dW)^T + bias, or x dW^T alone where there is no weight."""
+
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, update: TiledUpdate, *tensors: Tensor
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, update: TiledUpdate, *tensors: Tensor
     ) -> Tensor:
         ctx.update = update
         _, need_dweight, _, _, *needs = ctx.needs_input_grad
         ctx.save_for_backward(x if need_dweight or any(needs) else None, weight, *tensors)
 
-        M, N = x.shape[0], weight.shape[0]
+        M, N = x.shape[0], update.constants[0]
         y = x.new_empty(M, N) if bias is None else bias.repeat(M, 1)
         values, folds = _accumulating(tensors), x.dtype in _FOLDING
         for start, stop, rows, columns in _tiles(update):
             tile = update.build(start, stop, values, update.constants).to(x.dtype)
-            if folds:
+            if weight is not None and folds:
                 tile.add_(weight[rows, columns])
             untouched = bias is None and (update.axis == 0 or start == 0)
             y[:, rows].addmm_(x[:, columns], tile.t(), beta=0 if untouched else 1)
-        if not folds:
+        if weight is not None and not folds:
             y.addmm_(x, weight.t())
         return y
 
@@ -112,18 +122,18 @@ class _TiledLinear(torch.autograd.Function):
         with without_autocast(dy):
             values, folds = _accumulating(tensors), dy.dtype in _FOLDING
             grads = [torch.zeros_like(t) if need else None for t, need in zip(values, needs, strict=True)]
-            dx = dy.new_empty(dy.shape[0], weight.shape[1]) if need_dx else None
+            dx = dy.new_empty(dy.shape[0], update.constants[1]) if need_dx else None
             for start, stop, rows, columns in _tiles(update):
                 if dx is not None:
                     tile = update.build(start, stop, values, update.constants).to(dy.dtype)
-                    if folds:
+                    if weight is not None and folds:
                         tile.add_(weight[rows, columns])
                     untouched = update.axis == 1 or start == 0
                     dx[:, columns].addmm_(dy[:, rows], tile, beta=0 if untouched else 1)
                 if any(needs):
                     G = torch.mm(dy[:, rows].t(), x[:, columns]).to(values[0].dtype)
                     update.pull_back(start, stop, G, values, grads, update.constants)
-            if dx is not None and not folds:
+            if dx is not None and weight is not None and not folds:
                 dx.addmm_(dy, weight)
             dweight = torch.mm(dy.t(), x) if need_dweight else None
             dbias = dy.sum(0) if need_dbias else None
