@@ -29,6 +29,7 @@ CASES: list[dict[str, Any]] = [
     {"D": 2048, "tokens": 1},
     {"r": 1},
     {"r": 1, "tokens": 1},
+    {"D": 2048, "r": 1, "tokens": 1},
     {"rows": 8, "tokens": 512, "adapters": 8},
 ]
 
