@@ -19,7 +19,7 @@ from adamss_kernels.cli.bench.layer import FORWARD, FORWARD_BACKWARD
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 PLOTS = ROOT / "docs" / "plots"
-PICTURED = "Intel-Xeon-Processor-a*"  # the processor with all suites measured
+PICTURED = "AMD-EPYC-avx512bf16"  # the processor with all suites measured
 README_PROVIDERS = ("cpu", "half-pruned", "peft-adamss", "peft-adamss-compiled", "peft-lora")
 Rows = list[dict[str, Any]]
 
