@@ -230,17 +230,14 @@ def test_what_cannot_be_compared_is_an_error(tmp_path, capsys):
         (["layer", "--shapes", "D"], "expected FIELD=VALUE"),
         (["layer", "--shapes", "E=3"], "bench layer has no 'E'"),
         (["--shapes", "D=3"], "expected one suite"),
+        (["asa", "--providers", "cpu"], "bench asa: --providers: expected some of"),
+        (["layer", "--shapes", TINY, "--providers", "peft-magic"], "got 'peft-magic'"),
     ],
 )
 def test_what_is_asked_wrongly_is_refused(arguments, message, capsys):
     with pytest.raises(SystemExit) as error:
         main(["bench", *arguments])
     assert message in str(error.value) + capsys.readouterr().err
-
-
-def test_an_unknown_provider_is_named():
-    with pytest.raises(ValueError, match=r"providers: expected some of .*got 'peft-magic'"):
-        bench("layer", "--shapes", TINY, "--providers", "peft-magic")
 
 
 def test_every_contender_has_a_turn_in_every_round_and_preparations_are_not_timed():

@@ -19,6 +19,7 @@ from ...asa import SubspaceAllocator
 from ...config import AdaMSSConfig
 from ...linear import FusedAdaMSSLinear
 from .measure import Contender, Settings, interleaved, summary
+from .providers import chosen_providers
 from .results import Row
 
 BASE = "adamw"
@@ -45,7 +46,7 @@ def measure(
         RuntimeError: After one update our averages are not what they are defined to be.
     """
     known = [BASE, "ours", *(["peft-adamss"] if importlib.util.find_spec("peft") else [])]
-    chosen = [BASE, *(name for name in names or known if name != BASE)]
+    chosen = chosen_providers(names, BASE, known)
     for direction in passes:
         contenders, elements = _contenders(chosen, case, PASSES[direction], settings.device)
         results = summary(interleaved(contenders, settings), BASE)

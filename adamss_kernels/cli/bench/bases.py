@@ -15,7 +15,7 @@ from ...config import AdaMSSConfig
 from ...over_base import adapt
 from .layer import FORWARD, FORWARD_BACKWARD, check, forward, forward_backward
 from .measure import Contender, Rotation, Settings, interleaved, relocate, summary
-from .providers import Provider
+from .providers import Provider, chosen_providers
 from .results import Row
 
 BASE = "bare base"
@@ -72,12 +72,8 @@ def _build(names: Sequence[str] | None, case: dict[str, Any], device: torch.devi
     assert of_base is not None
     W, bias = weight.double(), of_base.double()
     built = {BASE: _provider(base, (W, bias), (torch.zeros_like(W), torch.zeros_like(bias)), None)}
-    known = {"ours": _ours, "peft-lora": _lora}
-    for name in names or [name for name in known if name == "ours" or importlib.util.find_spec("peft")]:
-        if name == BASE:
-            continue
-        if name not in known:
-            raise ValueError(f"providers: expected some of {[BASE, *known]}, got {name!r}")
+    known = {"ours": _ours} | ({"peft-lora": _lora} if importlib.util.find_spec("peft") else {})
+    for name in chosen_providers(names, BASE, known)[1:]:
         layer, *update = known[name](base, case)
         built[name] = _provider(layer, (W, bias), update, 2)
     return built

@@ -16,6 +16,7 @@ from ...compiled.allocator import keep_freed_memory
 from . import asa, bases, compare, decode, init, layer, memory, methods, mixed, model, results, scaling
 from .bound import measure_bound
 from .measure import Settings, pinned
+from .providers import UnknownProviderError
 from .results import Row
 
 # Suite to its module and to the seconds for each group of contenders, in the short run and in the full one. A module
@@ -84,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
             try:
                 for row in _printed(_rows(suite, args, device)):
                     rows.append(row)
+            except UnknownProviderError as error:
+                raise SystemExit(f"bench {suite}: --{error}") from None
             except KeyboardInterrupt:
                 if file is not None and rows:
                     # Beside an earlier complete result, and not read with it.

@@ -14,6 +14,7 @@ from ...config import AdaMSSConfig
 from ...decompose import augmented
 from ...model import adamss_layers, inject_adamss
 from .measure import Contender, Settings, interleaved, summary
+from .providers import chosen_providers
 from .results import Row
 
 BASE = "svd"
@@ -42,7 +43,7 @@ def measure(case: dict[str, Any], names: Sequence[str] | None, settings: Setting
 
         adapt["peft-adamss"] = lambda model: peft.inject_adapter_in_model(peft.AdamssConfig(**options), model)
         _check(adapt["ours"](copy.deepcopy(base)), adapt["peft-adamss"](copy.deepcopy(base)))
-    chosen = [BASE, *(name for name in names or adapt if name != BASE)]
+    chosen = chosen_providers(names, BASE, adapt)
     results = summary(interleaved({name: _contender(adapt[name], base) for name in chosen}, settings), BASE)
     for name in chosen:
         yield {"suite": "init", "case": case, "provider": name, **results[name]}

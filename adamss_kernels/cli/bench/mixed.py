@@ -17,6 +17,7 @@ from ...config import AdaMSSConfig
 from ...linear import FusedAdaMSSLinear
 from .layer import FORWARD, FORWARD_BACKWARD
 from .measure import Contender, Rotation, Settings, interleaved, summary
+from .providers import chosen_providers
 from .results import Row
 
 BASE = "linear"
@@ -56,7 +57,7 @@ def measure(case: dict[str, Any], names: Sequence[str] | None, settings: Setting
     calls: dict[str, Callable[[Tensor], Tensor]] = {BASE: linear, "ours": bank.model, "one adapter": single}
     if lora is not None:
         calls["peft-lora"] = lambda x: lora(x, adapter_names=wanted)
-    chosen = [BASE, *(name for name in names or calls if name != BASE)]
+    chosen = chosen_providers(names, BASE, calls)
     shape = (case["rows"], case["tokens"], case["D"])
     _check(bank, linear, lora, wanted, torch.randn(shape, device=device).to(dtype))
 

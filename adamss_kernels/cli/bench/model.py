@@ -13,6 +13,7 @@ from torch import nn
 from ...config import AdaMSSConfig
 from ...model import inject_adamss
 from .measure import Contender, Settings, interleaved, summary
+from .providers import chosen_providers
 from .results import Row
 
 BASE = "frozen"
@@ -42,7 +43,7 @@ def measure(case: dict[str, Any], names: Sequence[str] | None, settings: Setting
         lora = peft.LoraConfig(r=8, target_modules=_TARGETS)
         adapt["peft-adamss"] = lambda model: peft.inject_adapter_in_model(peft.AdamssConfig(**options), model)
         adapt["peft-lora"] = lambda model: peft.inject_adapter_in_model(lora, model)
-    chosen = [BASE, *(name for name in names or adapt if name != BASE)]
+    chosen = chosen_providers(names, BASE, adapt)
     models = {name: adapt[name](copy.deepcopy(base)) for name in chosen}
 
     shape = (case["batch"], case["tokens"], case["width"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -116,7 +116,26 @@ def _provider(name: str, linear: nn.Linear, ours: FusedAdaMSSLinear) -> Provider
         nn.init.normal_(lora.lora_B["default"].weight, std=0.02)
         return _checked(lora, linear, lambda: lora.get_delta_weight("default"), None, 2)
     expected = ["linear", *BACKENDS, "half-pruned", "merged", *METHODS, *_PEFT]
-    raise ValueError(f"providers: expected some of {expected}, {_COMPILED!r} behind them or not, got {name!r}")
+    raise UnknownProviderError(
+        f"providers: expected some of {expected}, {_COMPILED!r} behind them or not, got {name!r}"
+    )
+
+
+class UnknownProviderError(ValueError):
+    """A suite was asked to measure what it does not know, or cannot for want of a library."""
+
+
+def chosen_providers(names: Sequence[str] | None, base: str, known: Iterable[str]) -> list[str]:
+    """Return `base` and then those of `names` that are not it, by default all that are `known`.
+
+    Raises:
+        UnknownProviderError: One of `names` is neither.
+    """
+    known = [base, *(name for name in known if name != base)]
+    for name in names or ():
+        if name not in known:
+            raise UnknownProviderError(f"providers: expected some of {known}, got {name!r}")
+    return [base, *(name for name in names or known if name != base)]
 
 
 def _peft(linear: nn.Linear, config: str, **options: object) -> Any:
