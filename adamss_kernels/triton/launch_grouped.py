@@ -13,7 +13,7 @@ from .tuning import Config, cdiv
 
 # Not tuned: a tile of tokens is small, and what these kernels move beside dy and y stays in the cache. By the bytes of
 # an element: what compiles without spills for every GPU of docs/triton-registers.md.
-_DELTA_FWD = {2: Config(TILE_TOKENS, 64, 32), 4: Config(TILE_TOKENS, 32, 32, num_stages=2)}
+_DELTA_FWD = {2: Config(TILE_TOKENS, 64, 32), 4: Config(TILE_TOKENS, 64, 32, num_stages=2)}
 _DELTA_BWD = {2: Config(TILE_TOKENS, 32, 128, num_stages=2), 4: Config(TILE_TOKENS, 16, 128, num_stages=1)}
 _DC = {2: Config(32, 64, num_stages=2), 4: Config(32, 32, num_stages=2)}
 _DB = {2: Config(32, 32, num_stages=2), 4: Config(32, 32, num_stages=2)}
