@@ -82,16 +82,6 @@ struct Types {
     }
 };
 
-adamss_layout layout_of(const Tensor& row_subspace, const Tensor& offsets, const Tensor& active,
-                        const Tensor& trainable) {
-    return {row_subspace.size(0),
-            offsets.size(0) - 1,
-            static_cast<const int32_t*>(row_subspace.data()),
-            static_cast<const int32_t*>(offsets.data()),
-            static_cast<const uint8_t*>(active.data()),
-            static_cast<const uint8_t*>(trainable.data())};
-}
-
 // Whether the kernels have left the base product to torch.
 bool lacks_base(int32_t status) {
     if (status == ADAMSS_NO_MEMORY) throw std::bad_alloc();
@@ -182,7 +172,7 @@ void forward(Value* stack, bool is_grouped) {
                                       by_P ? P.data() : nullptr, R, weight.data(), row_stride(weight), basis.data(),
                                       is_bfloat16(basis), basis_bias.data(), B.data(), bias.data(), C.data(), r_max,
                                       keep_S ? S.data() : nullptr, y.data(),
-                                      layout_of(row_subspace, offsets, active, Tensor()), nullptr};
+                                      layout_of<adamss_layout>(row_subspace, offsets, active, Tensor()), nullptr};
     if (lacks_base(groups ? adamss_cpu_grouped_forward(&args, &groups.kernel) : adamss_cpu_forward(&args)))
         multiply(y, y, x, transposed(weight));
     if (by_P && !keep_P) P = empty(x.dtype(), 0);
@@ -214,7 +204,7 @@ void add_update(Value* stack) {
                                       by_P ? P.data() : nullptr, R, nullptr, 0, basis.data(),
                                       is_bfloat16(basis), basis_bias.data(), B.data(), nullptr, C.data(), r_max,
                                       keep_S ? S.data() : nullptr, y.data(),
-                                      layout_of(row_subspace, offsets, active, Tensor()), nullptr, true};
+                                      layout_of<adamss_layout>(row_subspace, offsets, active, Tensor()), nullptr, true};
     lacks_base(adamss_cpu_forward(&args));
     if (by_P && !keep_P) P = empty(x.dtype(), 0);
     set_outputs(stack, {&S, &P});
@@ -278,7 +268,7 @@ void backward(Value* stack, bool is_grouped, bool has_base = true) {
                                                                          : nullptr,
                                        W_updated.matrix.data(), need_dB ? dB.data() : nullptr,
                                        need_dC ? dC.data() : nullptr,
-                                       layout_of(row_subspace, offsets, active, trainable), nullptr};
+                                       layout_of<adamss_layout>(row_subspace, offsets, active, trainable), nullptr};
     const bool lacks =
         lacks_base(groups ? adamss_cpu_grouped_backward(&args, &groups.kernel) : adamss_cpu_backward(&args));
     if (dx_by_dP) multiply(dx, Tensor(), dP, A_for_dx);

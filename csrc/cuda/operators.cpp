@@ -111,12 +111,7 @@ struct Rows {
         if (has_trainable) trainable = dense(in.optional(), shim.aoti_torch_dtype_bool);
     }
     adamss_cuda_layout layout() const {
-        return {row_subspace.size(0),
-                offsets.size(0) - 1,
-                static_cast<const int32_t*>(row_subspace.data()),
-                static_cast<const int32_t*>(offsets.data()),
-                static_cast<const uint8_t*>(active.data()),
-                static_cast<const uint8_t*>(trainable.data())};
+        return layout_of<adamss_cuda_layout>(row_subspace, offsets, active, trainable);
     }
 };
 

@@ -50,4 +50,15 @@ inline Tensor dense(Tensor t, int32_t dtype) {
     return !t || (t.dtype() == dtype && t.is_contiguous()) ? std::move(t) : copied(t, dtype);
 }
 
+// Rows, offsets and masks as the kernels of a library take them; masks may be none.
+template <class Layout>
+Layout layout_of(const Tensor& row_subspace, const Tensor& offsets, const Tensor& active, const Tensor& trainable) {
+    return {row_subspace.size(0),
+            offsets.size(0) - 1,
+            static_cast<const int32_t*>(row_subspace.data()),
+            static_cast<const int32_t*>(offsets.data()),
+            static_cast<const uint8_t*>(active.data()),
+            static_cast<const uint8_t*>(trainable.data())};
+}
+
 }  // namespace adamss::torch
