@@ -111,16 +111,21 @@ class FusedAdaMSSLinear(FrozenLinear):
             return F.linear(x, self.weight, self.bias)
         # The layer's own tensors fit one another; `nn.Module.__getattr__` would cost a small layer a percent.
         own: dict[str, Any] = self._parameters
-        buffers: dict[str, Any] = self._buffers
         try:
             weight, bias, B, C = own["weight"], own["bias"], own["B"], own["C"]
         except KeyError:  # `DataParallel`, pruning and parametrisations make them plain attributes
             weight, bias, B, C = self.weight, self.bias, self.B, self.C
+        options = self.config.save_for_backward, self.config.backend
+        return fused_linear(x, weight, bias, B, C, self._subspaces(), *options)
+
+    def _subspaces(self) -> Subspaces:
+        """Return what the next call takes beside W, B and C, with what is known of the masks."""
+        buffers: dict[str, Any] = self._buffers
         contributes = learns = True
         # Compiled code runs again, when the masks may be others: there they are data and no more.
         if not torch.compiler.is_compiling() and self._idle is not None:
             contributes, learns = self._still_idle(self._idle)
-        subspaces = Subspaces(
+        return Subspaces(
             buffers["basis"],
             buffers["basis_bias"],
             buffers["row_subspace"],
@@ -130,7 +135,6 @@ class FusedAdaMSSLinear(FrozenLinear):
             contributes,
             learns,
         )
-        return fused_linear(x, weight, bias, B, C, subspaces, self.config.save_for_backward, self.config.backend)
 
     @torch.no_grad()
     def set_masks(self, active: Tensor | None = None, trainable: Tensor | None = None) -> None:

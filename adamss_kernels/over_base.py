@@ -20,7 +20,6 @@ from .frozen_linear import FrozenLinear
 from .linear import FusedAdaMSSLinear
 from .offload import weights_present
 from .ops import UPDATE_OPERATORS
-from .subspaces import Subspaces
 
 Self = TypeVar("Self", bound="OverBase")
 
@@ -177,12 +176,8 @@ class AdaMSSOverBase(OverBase, FusedAdaMSSLinear):
 
     def with_update(self, y: Tensor, x: Tensor) -> Tensor:
         """Return y (..., N), which the base has computed of x (..., D), plus the update, in y's memory."""
-        contributes = learns = True
-        if not torch.compiler.is_compiling() and self._idle is not None:
-            contributes, learns = self._still_idle(self._idle)
-        rows = (self.row_subspace, self.offsets, self.active, self.trainable)
-        subspaces = Subspaces(self.basis, self.basis_bias, *rows, contributes, learns)
-        return add_update(y, x, self.B, self.C, subspaces, self.config.save_for_backward, self.config.backend)
+        options = self.config.save_for_backward, self.config.backend
+        return add_update(y, x, self.B, self.C, self._subspaces(), *options)
 
 
 def adapt(name: str, base: nn.Module, config: AdaMSSConfig) -> FusedAdaMSSLinear:
