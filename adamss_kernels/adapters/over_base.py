@@ -69,15 +69,6 @@ class SpectralRotationalOverBase(AdapterOverBase, SpectralRotationalLinear):
 
 
 METHODS_OVER_BASE: dict[str, type[AdapterOverBase]] = {
-    layer.method: layer
-    for layer in (
-        LoRAOverBase,
-        SinLoRAOverBase,
-        RandLoRAOverBase,
-        KroneckerOverBase,
-        KRAdapterOverBase,
-        SpectralAdditiveOverBase,
-        SpectralRotationalOverBase,
-    )
+    layer.method: layer for layer in AdapterOverBase.__subclasses__()
 }
-"""Name of each method and the layer that has it over a base of another library."""
+"""Name of each method and the layer that has it over a base of another library: the classes above."""
