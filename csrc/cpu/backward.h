@@ -1,13 +1,13 @@
 // The backward of the update, for shares of the tokens; compiled once per instruction set.
 #pragma once
 
-#include "operands.h"
+#include "factors.h"
 
 namespace ADAMSS_ISA {
 
 // dC[j] += sum_m dy[m] S[m, index[j]] for TILE_M tokens, laid out like the coefficients.
-template <class T, int Registers>
-void coefficient_grad_tile(int64_t N, const T* const dy[TILE_M], const T* S, int64_t stride_sm,
+template <class T, class X, int Registers>
+void coefficient_grad_tile(int64_t N, const X* const dy[TILE_M], const T* S, int64_t stride_sm,
                            const Coefficients<T>& c, T* dC) {
     constexpr int W = Vector<T>::width;
     using Held = Row<T, Registers>;
@@ -15,7 +15,7 @@ void coefficient_grad_tile(int64_t N, const T* const dy[TILE_M], const T* S, int
     const int64_t whole = N / W * W;
     for (int64_t i = 0; i < whole; i += W) {
         vec<T> dy_m[TILE_M];
-        for (int m = 0; m < TILE_M; ++m) dy_m[m] = load(dy[m] + i);
+        for (int m = 0; m < TILE_M; ++m) dy_m[m] = load_as<T>(dy[m] + i);
         for (int64_t j = 0; j < c.r_max; ++j) {
             const int32_t* index = c.index + j * c.stride + i;
             T* const out = dC + j * c.stride + i;
@@ -27,7 +27,7 @@ void coefficient_grad_tile(int64_t N, const T* const dy[TILE_M], const T* S, int
     for (int64_t j = 0; j < c.r_max; ++j)
         for (int64_t i = whole; i < N; ++i)
             for (int m = 0; m < TILE_M; ++m)
-                dC[j * c.stride + i] += dy[m][i] * S[m * stride_sm + c.index[j * c.stride + i]];
+                dC[j * c.stride + i] += value_of<T>(dy[m] + i) * S[m * stride_sm + c.index[j * c.stride + i]];
 }
 
 // C with the rows of each subspace side by side, entries of a row in whole registers.
@@ -194,17 +194,20 @@ struct Shares {
 // The gradients of M tokens by one adapter, share by share of the tokens.
 template <class T, class X>
 class Gradients {
+    using E = Factor<T, X>;
     const adamss_backward_args args_;
     const Columns columns_;
     // Without dx, only the columns that learn matter; they come first.
     const int64_t rho_, learning_, stride_sm_;
     const Coefficients<T> coefficients_;
-    // A row of C costs half a cycle a register and token, as a column of dS does for every register of dy.
+    // A row of C costs half a cycle a register and token, as a column of dS does for every register of dy's factors.
     const bool dS_by_subspace_, dC_by_subspace_;
     const CoefficientRows<T> rows_;
     const DenseCoefficients<T> Ct_;
     const Columns none_;
+    Factors<T, E> Ct_factors_;
     const Projection<T> projection_;
+    Factors<T, E> Q_;
     const int64_t width_, size_dQ_, size_dC_, size_;
     const Shares shares_;
     Buffer<T> partial_;
@@ -220,7 +223,7 @@ class Gradients {
           learning_(columns_.learning),
           stride_sm_(padded_rho<T>(columns_)),
           coefficients_(args.layout, C(), args.r_max, columns_),
-          dS_by_subspace_(rho_ > round_up(args.r_max, Vector<T>::width) * 5 / 4),
+          dS_by_subspace_(rho_ > round_up(args.r_max, Vector<T>::width) * VALUES<E> * 5 / 4),
           dC_by_subspace_(!fits_registers<T>(columns_.count)),
           rows_(dS_by_subspace_ || dC_by_subspace_ ? args.layout : no_rows(args.layout), C(), args.r_max, columns_),
           Ct_(coefficients_, dS_by_subspace_ ? 0 : rho_, args.layout.N),
@@ -234,7 +237,10 @@ class Gradients {
                                      : coefficients_.r_max * coefficients_.stride),
           size_(size_dQ_ + learning_ + size_dC_),
           shares_(args.M, args.D, size_),
-          partial_(shares_.count * size_, UNINITIALISED) {}
+          partial_(shares_.count * size_, UNINITIALISED) {
+        Ct_factors_.along(Ct_.rows.data(), dS_by_subspace_ ? 0 : rho_, args.layout.N);
+        if (args.dx) Q_.across(projection_.Q.data(), rho_, args.D);
+    }
 
     const Columns& columns() const { return columns_; }
     const Projection<T>& projection() const { return projection_; }
@@ -244,7 +250,7 @@ class Gradients {
         const Tokens tokens = {args_.tokens};
         const int64_t N = layout().N, rho_full = layout().offsets[layout().K];
         const auto add_dC = for_rho<T>(columns_.count, [](auto held) {
-            return coefficient_grad_tile<T, decltype(held)::value>;
+            return coefficient_grad_tile<T, X, decltype(held)::value>;
         });
         const X *const all_dy = static_cast<const X*>(args_.dy), *const all_x = static_cast<const X*>(args_.x);
         T* const dQ_share = partial_.data() + share * size_;
@@ -254,7 +260,9 @@ class Gradients {
         Buffer<T*> dQ(learning_);
         for (int64_t p = 0; p < learning_; ++p) dQ[p] = dQ_share + (args_.dB ? p * width_ : 0);
         Buffer<T> S(DOT_M * stride_sm_), dS(BLOCK_M * stride_sm_);
-        Rows<T, X> dy, x;
+        Rows<T, X> dy_values;
+        Rows<E, X> dy, x;
+        Rows<E, T> dS_along, dS_across;
 
         const int64_t end = smaller(args_.M, (share + 1) * shares_.tokens);
         for (int64_t begin = share * shares_.tokens; begin < end; begin += BLOCK_M) {
@@ -262,8 +270,10 @@ class Gradients {
             for (int64_t m = begin; m < begin + M; m += DOT_M) {
                 const int64_t count = smaller(DOT_M, begin + M - m), after = m + DOT_M;
                 T* const dS_m = dS.data() + (m - begin) * stride_sm_;
-                dy.take(all_dy, args_.stride_dym, tokens, m, count, DOT_M, N);
-                Prefetch ahead(dS_by_subspace_ ? layout().K : dot_tiles<T>(N, larger(rho_, 1)));
+                if (dS_by_subspace_ || dC_by_subspace_)
+                    dy_values.along(all_dy, args_.stride_dym, tokens, m, count, DOT_M, N);
+                if (!dS_by_subspace_) dy.along(all_dy, args_.stride_dym, tokens, m, count, DOT_M, N);
+                Prefetch ahead(dS_by_subspace_ ? layout().K : dot_tiles<E>(dy.width, larger(rho_, 1)));
                 if (after < args_.M)
                     ahead.add(all_dy + tokens[after] * args_.stride_dym, args_.stride_dym,
                               smaller(DOT_M, args_.M - after));
@@ -271,9 +281,10 @@ class Gradients {
                 if (args_.dB && !args_.P) ahead.add(all_x + tokens[m] * args_.stride_xm, args_.stride_xm, together);
                 if (args_.dx) ahead.add(static_cast<const X*>(args_.dx) + tokens[m] * args_.D, args_.D, together);
                 if (dS_by_subspace_)
-                    dot_by_subspace<T>(dy.p, dy.stride, rows_, rho_, dS_m, stride_sm_, ahead);
+                    dot_by_subspace<T>(dy_values.p, dy_values.stride, rows_, rho_, dS_m, stride_sm_, ahead);
                 else
-                    dot_block<T>(N, dy.p, dy.stride, rho_, Ct_.rows.data(), nullptr, dS_m, stride_sm_, ahead);
+                    dot_block<T>(dy.width, dy.p, dy.stride, rho_, Ct_factors_.rows.data(), nullptr, dS_m, stride_sm_,
+                                 ahead);
                 if (!args_.dC || !learning_) continue;
                 for (int64_t i = 0; i < DOT_M; ++i) {
                     // A token that only pads the tile must not count.
@@ -282,28 +293,32 @@ class Gradients {
                         S[i * stride_sm_ + p] = i < count ? from[columns_.column[p]] : T(0);
                 }
                 if (dC_by_subspace_)
-                    coefficient_grad_by_subspace<T>(dy.p, dy.stride, S.data(), stride_sm_, rows_, learning_, dC_share);
+                    coefficient_grad_by_subspace<T>(dy_values.p, dy_values.stride, S.data(), stride_sm_, rows_,
+                                                    learning_, dC_share);
                 for (int64_t tile = 0; tile < count && !dC_by_subspace_; tile += TILE_M) {
-                    const T* dy_tile[TILE_M];
-                    for (int64_t i = 0; i < TILE_M; ++i) dy_tile[i] = dy.p + (tile + i) * dy.stride;
+                    const X* dy_tile[TILE_M];
+                    for (int64_t i = 0; i < TILE_M; ++i)
+                        dy_tile[i] = all_dy + tokens[m + smaller(tile + i, count - 1)] * args_.stride_dym;
                     add_dC(N, dy_tile, S.data() + tile * stride_sm_, stride_sm_, coefficients_, dC_share);
                 }
             }
             if (args_.dB && learning_) {
                 if (args_.P)
-                    x.take(static_cast<const X*>(args_.P), args_.stride_pm, tokens, begin, M, M, args_.R);
+                    x.across(static_cast<const X*>(args_.P), args_.stride_pm, tokens, begin, M, args_.R);
                 else
-                    x.take(all_x, args_.stride_xm, tokens, begin, M, M, args_.D);
-                outer_block<T>(M, width_, x.p, x.stride, learning_, dS.data(), stride_sm_, dQ.data());
+                    x.across(all_x, args_.stride_xm, tokens, begin, M, args_.D);
+                dS_across.across(dS.data(), stride_sm_, {nullptr}, 0, M, learning_);
+                outer_block<T>(x.count, width_, x.p, x.stride, learning_, dS_across.p, dS_across.stride, dQ.data());
                 for (int64_t m = 0; m < M; ++m)
                     for (int64_t p = 0; p < learning_; ++p) dq_share[p] += dS[m * stride_sm_ + p];
             }
+            if (args_.dx) dS_along.along(dS.data(), stride_sm_, {nullptr}, 0, M, M, rho_);
             // Rows of dx that follow one another are written together.
             for (int64_t m = 0, together; args_.dx && m < M; m += together) {
                 for (together = 1; m + together < M && tokens.are_together(begin + m, together + 1);) ++together;
-                product_block<T, X>(together, args_.D, rho_, dS.data() + m * stride_sm_, stride_sm_,
-                                    projection_.Q.data(), static_cast<X*>(args_.dx) + tokens[begin + m] * args_.D,
-                                    args_.D);
+                product_block<T, X>(together, args_.D, dS_along.width, dS_along.p + m * dS_along.stride,
+                                    dS_along.stride, Q_.rows.data(),
+                                    static_cast<X*>(args_.dx) + tokens[begin + m] * args_.D, args_.D);
             }
         }
     }

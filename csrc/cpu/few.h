@@ -23,13 +23,9 @@ struct Meeting {
     using Register = vec<T>;
     static constexpr int width = Vector<T>::width;
 
-    static Register of(const T* p) { return load(p); }
-    static Register of(const bfloat16* p) {
-        typedef uint16_t half_t __attribute__((vector_size(ADAMSS_VECTOR_BYTES / 2)));
-        typedef uint32_t bits_t __attribute__((vector_size(ADAMSS_VECTOR_BYTES)));
-        half_t half;
-        std::memcpy(&half, p, sizeof half);
-        return (Register)(__builtin_convertvector(half, bits_t) << 16);
+    template <class From>
+    static Register of(const From* p) {
+        return load_as<T>(p);
     }
     static vec<T> add(vec<T> total, Register x, Register row) { return total + x * row; }
     static void convert(const E* from, T* to, int64_t n) { to_arithmetic(from, to, n); }
@@ -329,7 +325,7 @@ adamss_status backward_few(const adamss_backward_args& args) {
     const T *const C = static_cast<const T*>(args.C), *const S = static_cast<const T*>(args.S);
     T *const dB = static_cast<T*>(args.dB), *const dC = static_cast<T*>(args.dC);
     Rows<T, X> dy;
-    dy.take(static_cast<const X*>(args.dy), args.stride_dym, {nullptr}, 0, M, M, N);
+    dy.along(static_cast<const X*>(args.dy), args.stride_dym, {nullptr}, 0, M, M, N);
     if (dC) std::memset(dC, 0, N * args.r_max * sizeof(T));
     // One sum after the other, as rows come: in double they are as good as sums side by side.
     Buffer<double> sums(M * rho);

@@ -1,24 +1,9 @@
 // The forward update, for blocks of tokens; compiled once per instruction set.
 #pragma once
 
-#include "operands.h"
+#include "factors.h"
 
 namespace ADAMSS_ISA {
-
-template <class T, class X>
-T value_of(const X* y) {
-    T value;
-    to_arithmetic(y, &value, 1);
-    return value;
-}
-
-// A register of a row of y as it is.
-template <class T, class X>
-vec<T> load_as(const X* y) {
-    T values[Vector<T>::width];
-    to_arithmetic(y, values, Vector<T>::width);
-    return load(values);
-}
 
 // y[m] = bias + sum_j S[m, index[j]] value[j] for ROWS tokens; where there is no bias, y[m] takes its place.
 template <class T, class X, int Registers, int ROWS>
@@ -116,6 +101,7 @@ void write_S(const Columns& columns, const T* S, int64_t rho_full, T* out) {
 // The update of M tokens by one adapter, block by block of BLOCK_M.
 template <class T, class X>
 class Update {
+    using E = Factor<T, X>;
     const adamss_forward_args args_;
     const Columns columns_;
     const int64_t rho_, stride_sm_;
@@ -123,6 +109,7 @@ class Update {
     const Coefficients<T> coefficients_;
     // From P, Q = B and q = 0.
     const Projection<T> projection_;
+    Factors<T, E> Q_;
     const SortedCoefficients<T> sorted_;
     Buffer<T> bias_;
 
@@ -144,6 +131,7 @@ class Update {
                       static_cast<const T*>(args.a), args.R, width()),
           sorted_(is_sorted_ ? args.layout : no_rows(args.layout), C(), args.r_max, columns_),
           bias_(round_up(args.layout.N, Vector<T>::width)) {
+        Q_.along(projection_.Q.data(), rho_, width());
         if (args.bias) to_arithmetic(static_cast<const X*>(args.bias), bias_.data(), args.layout.N);
     }
 
@@ -159,16 +147,16 @@ class Update {
         const T* const bias = args_.adds_to_y ? nullptr : bias_.data();
         const auto update = for_rho<T>(rho_, [](auto held) { return update_tile<T, X, decltype(held)::value, TILE_M>; });
         const auto update_one = for_rho<T>(rho_, [](auto held) { return update_tile<T, X, decltype(held)::value, 1>; });
-        Rows<T, X> x;
+        Rows<E, X> x;
         Buffer<T> S(DOT_M * stride_sm_), sorted_y(is_sorted_ ? DOT_M * sorted_.stride : 0);
         for (int64_t m = begin; m < end; m += DOT_M) {
             const int64_t count = smaller(DOT_M, end - m), after = m + DOT_M;
-            x.take(source, stride, tokens, m, count, DOT_M, D);
-            Prefetch ahead(dot_tiles<T>(D, larger(rho_, 1)));
+            x.along(source, stride, tokens, m, count, DOT_M, D);
+            Prefetch ahead(dot_tiles<E>(x.width, larger(rho_, 1)));
             if (after < args_.M)
                 ahead.add(source + tokens[after] * stride, stride, smaller(DOT_M, args_.M - after));
             ahead.add(all_y + tokens[m] * N, N, tokens.are_together(m, count) ? count : 1);
-            dot_block<T>(D, x.p, x.stride, rho_, projection_.Q.data(), projection_.q.data(), S.data(), stride_sm_,
+            dot_block<T>(x.width, x.p, x.stride, rho_, Q_.rows.data(), projection_.q.data(), S.data(), stride_sm_,
                          ahead);
             for (int64_t i = 0; args_.S && i < count; ++i)
                 write_S(columns_, S.data() + i * stride_sm_, rho_full,

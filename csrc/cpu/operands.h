@@ -63,28 +63,6 @@ struct Tokens {
     bool are_together(int64_t m, int64_t M) const { return !index || index[m + M - 1] - index[m] == M - 1; }
 };
 
-// Rows of x in arithmetic type: x itself where storage and arithmetic agree, else a converted copy.
-template <class T, class X>
-struct Rows {
-    Buffer<T> copy;
-    const T* p = nullptr;
-    int64_t stride = 0;
-
-    // M tokens from `begin` on. Padding repeats the last row, so that whole tiles can be read.
-    void take(const X* x, int64_t stride_xm, const Tokens& tokens, int64_t begin, int64_t M, int64_t padded,
-              int64_t width) {
-        if constexpr (std::is_same_v<T, X>) {
-            if (M == padded && tokens.are_together(begin, M)) {
-                p = x + tokens[begin] * stride_xm, stride = stride_xm;
-                return;
-            }
-        }
-        copy.resize(padded * width);
-        for (int64_t m = 0; m < padded; ++m)
-            to_arithmetic(x + tokens[begin + smaller(m, M - 1)] * stride_xm, copy.data() + m * width, width);
-        p = copy.data(), stride = width;
-    }
-};
 
 // `count` rows of A (.., D) from an element on, `width` columns of them: where they lie if that is the arithmetic type,
 // else a copy.

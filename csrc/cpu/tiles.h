@@ -1,5 +1,6 @@
 // Register tiles of the three skinny products; every operand row is found through a pointer, so that columns of
-// pruned subspaces are skipped rather than multiplied.
+// pruned subspaces are skipped rather than multiplied. Factors E are T, or Halves: then d, p and m, whichever is summed
+// over, counts two at once.
 #pragma once
 
 #include "buffer.h"
@@ -15,16 +16,16 @@ constexpr int TILE_P = 2, TILE_V = 2;  // 4 x 2 + 4 + 1 and 4 x 2 + 2 + 1 of 16 
 constexpr int TILE_M = 4;
 
 // S[m, p] += x[m] . Q[p] for TILE_M rows of x and P rows of Q, along columns d to D.
-template <class T, int P>
-void dot_tile(int64_t d, int64_t D, const T* const x[TILE_M], const T* const* Q, T* S, int64_t stride_sm) {
+template <class T, int P, class E>
+void dot_tile(int64_t d, int64_t D, const E* const x[TILE_M], const E* const* Q, T* S, int64_t stride_sm) {
     constexpr int W = Vector<T>::width;
     vec<T> total[P][TILE_M] = {};
     for (; d + W <= D; d += W) {
-        vec<T> x_d[TILE_M];
+        vec<E> x_d[TILE_M];
         for (int m = 0; m < TILE_M; ++m) x_d[m] = load(x[m] + d);
         for (int p = 0; p < P; ++p) {
-            const vec<T> Q_d = load(Q[p] + d);
-            for (int m = 0; m < TILE_M; ++m) total[p][m] += x_d[m] * Q_d;
+            const vec<E> Q_d = load(Q[p] + d);
+            for (int m = 0; m < TILE_M; ++m) total[p][m] = multiply_add(total[p][m], x_d[m], Q_d);
         }
     }
     ADAMSS_UNROLL for (int p = 0; p < P; ++p) {
@@ -38,17 +39,17 @@ void dot_tile(int64_t d, int64_t D, const T* const x[TILE_M], const T* const* Q,
 }
 
 // dQ[p, d] += sum_m dS[m, p] x[m, d] for P rows of dQ and V registers of columns, along M.
-template <class T, int P, int V>
-void outer_tile(int64_t M, const T* x, int64_t stride_xm, const T* dS, int64_t stride_sm, T* const* dQ, int64_t d) {
+template <class T, int P, int V, class E>
+void outer_tile(int64_t M, const E* x, int64_t stride_xm, const E* dS, int64_t stride_sm, T* const* dQ, int64_t d) {
     constexpr int W = Vector<T>::width;
     // Summed from zero, then added: rounding grows with the block and the number of blocks, not with their product.
     vec<T> total[P][V] = {};
     for (int64_t m = 0; m < M; ++m) {
-        vec<T> x_m[V];
+        vec<E> x_m[V];
         for (int v = 0; v < V; ++v) x_m[v] = load(x + m * stride_xm + d + v * W);
         for (int p = 0; p < P; ++p) {
-            const T s = dS[m * stride_sm + p];
-            for (int v = 0; v < V; ++v) total[p][v] += x_m[v] * s;
+            const vec<E> s = broadcast(dS[m * stride_sm + p]);
+            for (int v = 0; v < V; ++v) total[p][v] = multiply_add(total[p][v], x_m[v], s);
         }
     }
     for (int p = 0; p < P; ++p)
@@ -56,17 +57,17 @@ void outer_tile(int64_t M, const T* x, int64_t stride_xm, const T* dS, int64_t s
 }
 
 // dx[m, d] = sum_p dS[m, p] Q[p, d] for M rows of dx and V registers of columns, along RHO.
-template <class T, class X, int V, int M = TILE_M>
-void product_tile(int64_t rho, const T* dS, int64_t stride_sm, const T* const* Q, int64_t d, X* dx,
+template <class T, class X, int V, int M = TILE_M, class E>
+void product_tile(int64_t rho, const E* dS, int64_t stride_sm, const E* const* Q, int64_t d, X* dx,
                   int64_t stride_dxm) {
     constexpr int W = Vector<T>::width;
     vec<T> total[M][V] = {};
     for (int64_t p = 0; p < rho; ++p) {
-        vec<T> Q_p[V];
+        vec<E> Q_p[V];
         for (int v = 0; v < V; ++v) Q_p[v] = load(Q[p] + d + v * W);
         for (int m = 0; m < M; ++m) {
-            const T s = dS[m * stride_sm + p];
-            for (int v = 0; v < V; ++v) total[m][v] += Q_p[v] * s;
+            const vec<E> s = broadcast(dS[m * stride_sm + p]);
+            for (int v = 0; v < V; ++v) total[m][v] = multiply_add(total[m][v], Q_p[v], s);
         }
     }
     for (int m = 0; m < M; ++m)
@@ -123,19 +124,19 @@ class Prefetch {
 
 // S (DOT_M, rho) = x Q^T + q. A tile of Q and the rows of x stay in the first-level cache while they meet.
 constexpr int DOT_M = 2 * TILE_M;
-template <class T>
+template <class E>
 int64_t dot_spans(int64_t D) {
     constexpr int64_t L1_BYTES = 40 << 10;
-    return 1 + D * int64_t(sizeof(T)) * (DOT_M + TILE_P) / L1_BYTES;
+    return 1 + D * int64_t(sizeof(E)) * (DOT_M + TILE_P) / L1_BYTES;
 }
-template <class T>
+template <class E>
 int64_t dot_tiles(int64_t D, int64_t rho) {
-    return dot_spans<T>(D) * (DOT_M / TILE_M) * ((rho + TILE_P - 1) / TILE_P);
+    return dot_spans<E>(D) * (DOT_M / TILE_M) * ((rho + TILE_P - 1) / TILE_P);
 }
-template <class T>
-void dot_block(int64_t D, const T* x, int64_t stride_xm, int64_t rho, const T* const* Q, const T* q, T* S,
+template <class T, class E>
+void dot_block(int64_t D, const E* x, int64_t stride_xm, int64_t rho, const E* const* Q, const T* q, T* S,
                int64_t stride_sm, Prefetch& ahead) {
-    const int64_t spans = dot_spans<T>(D);
+    const int64_t spans = dot_spans<E>(D);
     const int64_t span = round_up((D + spans - 1) / spans, Vector<T>::width);
     for (int64_t m = 0; m < DOT_M; ++m)
         for (int64_t p = 0; p < rho; ++p) S[m * stride_sm + p] = q ? q[p] : T(0);
@@ -143,7 +144,7 @@ void dot_block(int64_t D, const T* x, int64_t stride_xm, int64_t rho, const T* c
         for_tiles(rho, [&](auto tile, int64_t p) {
             for (int64_t m = 0; m < DOT_M; m += TILE_M) {
                 ahead.some();
-                const T* rows[TILE_M];
+                const E* rows[TILE_M];
                 for (int i = 0; i < TILE_M; ++i) rows[i] = x + (m + i) * stride_xm;
                 dot_tile<T, decltype(tile)::value>(d, smaller(D, d + span), rows, Q + p, S + m * stride_sm + p,
                                                    stride_sm);
@@ -152,8 +153,8 @@ void dot_block(int64_t D, const T* x, int64_t stride_xm, int64_t rho, const T* c
 }
 
 // dQ (rho, D) += dS^T x over M tokens. The columns of x that a tile reads stay in the first-level cache for all of rho.
-template <class T>
-void outer_block(int64_t M, int64_t D, const T* x, int64_t stride_xm, int64_t rho, const T* dS, int64_t stride_sm,
+template <class T, class E>
+void outer_block(int64_t M, int64_t D, const E* x, int64_t stride_xm, int64_t rho, const E* dS, int64_t stride_sm,
                  T* const* dQ) {
     constexpr int W = Vector<T>::width;
     int64_t d = 0;
@@ -174,8 +175,8 @@ void outer_block(int64_t M, int64_t D, const T* x, int64_t stride_xm, int64_t rh
 }
 
 // dx (M, D) = dS Q.
-template <class T, class X>
-void product_block(int64_t M, int64_t D, int64_t rho, const T* dS, int64_t stride_sm, const T* const* Q, X* dx,
+template <class T, class X, class E>
+void product_block(int64_t M, int64_t D, int64_t rho, const E* dS, int64_t stride_sm, const E* const* Q, X* dx,
                    int64_t stride_dxm) {
     constexpr int W = Vector<T>::width;
     const int64_t whole_M = M / TILE_M * TILE_M, whole_D = D / W * W;

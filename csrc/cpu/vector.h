@@ -48,6 +48,15 @@ inline void store(T* p, vec<T> v) {
 }
 
 template <class T>
+inline vec<T> broadcast(T s) {
+    return s - vec<T>{};
+}
+
+// total + a b.
+inline vec<float> multiply_add(vec<float> total, vec<float> a, vec<float> b) { return total + a * b; }
+inline vec<double> multiply_add(vec<double> total, vec<double> a, vec<double> b) { return total + a * b; }
+
+template <class T>
 inline T sum(vec<T> v) {
     T total = 0;
     for (int lane = 0; lane < Vector<T>::width; ++lane) total += v[lane];
@@ -75,6 +84,20 @@ inline float to_float(bfloat16 h) {
     return f;
 }
 
+// Registers of storage type as arithmetic type.
+template <class T>
+inline vec<T> load_as(const T* p) {
+    return load(p);
+}
+template <class T>
+inline vec<T> load_as(const bfloat16* p) {
+    typedef uint16_t half_t __attribute__((vector_size(ADAMSS_VECTOR_BYTES / 2)));
+    typedef uint32_t bits_t __attribute__((vector_size(ADAMSS_VECTOR_BYTES)));
+    half_t half;
+    std::memcpy(&half, p, sizeof half);
+    return (vec<T>)(__builtin_convertvector(half, bits_t) << 16);
+}
+
 // Round to nearest even, as torch does; a NaN stays one.
 inline bfloat16 to_bfloat16(float f) {
     uint32_t bits;
@@ -96,6 +119,9 @@ inline void store_as(float* p, float s) { *p = s; }
 inline void store_as(double* p, double s) { *p = s; }
 inline void store_as(bfloat16* p, float s) { *p = to_bfloat16(s); }
 inline void store_as(bfloat16* p, vec<float> v) {
+#if defined(__AVX512BF16__)
+    const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
+#else
     // Branch-free, so that it stays in registers: a NaN is recognised by v != v.
     typedef uint32_t bits_t __attribute__((vector_size(ADAMSS_VECTOR_BYTES)));
     typedef uint16_t half_t __attribute__((vector_size(ADAMSS_VECTOR_BYTES / 2)));
@@ -104,8 +130,48 @@ inline void store_as(bfloat16* p, vec<float> v) {
     bits_t quiet = (bits >> 16) | 0x40;
     bits_t nan = (bits_t)(v != v);
     half_t half = __builtin_convertvector((nan & quiet) | (~nan & rounded), half_t);
+#endif
     std::memcpy(p, &half, sizeof half);
 }
+
+// What values that are stored as X are to products summed in T: T, to which they are converted, unless the instruction
+// set multiplies them as they are.
+template <class T, class X>
+struct FactorOf {
+    using type = T;
+};
+template <class T, class X>
+using Factor = typename FactorOf<T, X>::type;
+
+#if defined(__AVX512BF16__)
+
+// Two bfloat16 whose products with two others are added as one: a b = a.first b.first + a.second b.second.
+struct Halves {
+    bfloat16 first, second;
+};
+inline float operator*(Halves a, Halves b) {
+    return to_float(a.first) * to_float(b.first) + to_float(a.second) * to_float(b.second);
+}
+template <>
+struct Vector<Halves> {
+    static constexpr int width = 16;
+    typedef __m512bh type;
+};
+inline vec<float> multiply_add(vec<float> total, vec<Halves> a, vec<Halves> b) {
+    return (vec<float>)_mm512_dpbf16_ps((__m512)total, a, b);
+}
+template <>
+inline vec<Halves> broadcast<Halves>(Halves s) {
+    int32_t bits;
+    std::memcpy(&bits, &s, sizeof bits);
+    return (vec<Halves>)_mm512_set1_epi32(bits);
+}
+template <>
+struct FactorOf<float, bfloat16> {
+    using type = Halves;
+};
+
+#endif
 
 #if defined(__AVX512F__)
 
@@ -149,6 +215,13 @@ inline vec<double> gather<double>(const double* p, const int32_t* index) {
 }
 
 #endif
+
+template <class T, class X>
+T value_of(const X* p) {
+    T value;
+    to_arithmetic(p, &value, 1);
+    return value;
+}
 
 // A row of S held for repeated gathers: in registers where the instruction set can permute one, else in memory.
 // `Registers` is the number of registers that hold the row; 0 means memory.
