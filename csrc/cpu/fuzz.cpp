@@ -98,14 +98,17 @@ void one_case() {
                           : std::is_same_v<X, bfloat16> ? ADAMSS_BFLOAT16
                                                         : ADAMSS_FLOAT32;
     const int64_t M = whole ? integer(64, 300) : integer(0, coin() ? 9 : 300);
-    const int64_t D = integer(1, coin() ? 20 : 150), R = integer(1, coin() ? 6 : 40);
+    // The P that stands for x without A has an address only where there are tokens.
+    const bool has_A = M == 0 || integer(0, 3) > 0;
+    const int64_t D = integer(1, coin() ? 20 : 150), R = has_A ? integer(1, coin() ? 6 : 40) : D;
     int64_t N = integer(1, coin() ? 20 : 150), K = integer(1, std::min<int64_t>(N, coin() ? 4 : 32));
     // Instructions for bfloat16 take Q, C and dS rounded to it, those of AMX S as well; few tokens do without.
     const bool rounds = std::is_same_v<X, bfloat16> && (isa == "amx" || isa == "avx512bf16");
-    const double unit_S = rounds && M > 32 ? 0x1p-8 : unit_T, unit_dS = rounds && M > 8 ? 0x1p-8 : unit_T;
-    const bool has_bias = coin(), projection = coin();
+    const bool masked = coin(), is_few = M <= 32 && (has_A || !masked);
+    const double unit_S = rounds && !is_few ? 0x1p-8 : unit_T, unit_dS = rounds && M > 8 ? 0x1p-8 : unit_T;
+    const bool has_bias = coin(), has_a = has_bias && has_A, projection = has_A && coin();
     // Few tokens make the base product on the way where they get W.
-    const bool few_whole = !whole && !adds && M > 0 && M <= 32 && coin();
+    const bool few_whole = !whole && !adds && M > 0 && is_few && coin();
 
     std::vector<int32_t> row_subspace(N), offsets(K + 1, 0);
     for (int64_t i = 0; i < N; ++i) row_subspace[i] = int32_t(i < K ? i : integer(0, K - 1));
@@ -119,7 +122,6 @@ void one_case() {
     }
     const int64_t rho = offsets[K];
     std::vector<uint8_t> active(K, 1), trainable(K, 1);
-    const bool masked = coin();
     for (int64_t k = 0; k < K && masked; ++k) active[k] = coin(), trainable[k] = coin();
     const adamss_layout layout = {N, K, row_subspace.data(), offsets.data(), masked ? active.data() : nullptr,
                                   masked ? trainable.data() : nullptr};
@@ -133,12 +135,13 @@ void one_case() {
     Matrix<T> A(R, D, D, true);
     const bool A_is_bfloat16 = std::is_same_v<T, float> && coin();
     for (int64_t i = 0; i < R * D && A_is_bfloat16; ++i) A.values[i] = T(widen(A_bfloat16.values[i]));
-    const void* const A_given = A_is_bfloat16 ? static_cast<void*>(A_bfloat16.data()) : A.data();
+    for (int64_t i = 0; i < R * D && !has_A; ++i) A.values[i] = i / D == i % D;
+    const void* const A_given = !has_A ? nullptr : A_is_bfloat16 ? static_cast<void*>(A_bfloat16.data()) : A.data();
     Matrix<T> a(1, R, R, true), B(rho, R, R, true), C(N, r_max, r_max, true);
 
     std::ostringstream text;
     text << "M=" << M << " D=" << D << " N=" << N << " R=" << R << " K=" << K << " rho=" << rho << " r_max=" << r_max
-         << " dtype=" << dtype << " masked=" << masked << " projection=" << projection
+         << " dtype=" << dtype << " has_A=" << has_A << " masked=" << masked << " projection=" << projection
          << " whole=" << whole << few_whole << " adds=" << adds;
     const std::string shape = text.str();
 
@@ -150,7 +153,7 @@ void one_case() {
                 Q[p * D + d] += B(p, r) * A(r, d);
                 Q_size[p * D + d] += std::abs(B(p, r) * A(r, d));
             }
-            if (has_bias) q[p] += B(p, r) * a(0, r), q_size[p] += std::abs(B(p, r) * a(0, r));
+            if (has_a) q[p] += B(p, r) * a(0, r), q_size[p] += std::abs(B(p, r) * a(0, r));
         }
     }
     auto on = [&](int64_t k) { return active[k] != 0; };
@@ -187,7 +190,7 @@ void one_case() {
     const bool keep_S = coin();
     const adamss_forward_args forward = {dtype, M, D, R, x.data(), x.stride, projection ? P.data() : nullptr, P.stride,
                                          whole || few_whole ? W.data() : nullptr, W.stride, A_given, A_is_bfloat16,
-                                         has_bias ? a.data() : nullptr, B.data(),
+                                         has_a ? a.data() : nullptr, B.data(),
                                          has_bias && !adds ? bias.data() : nullptr, C.data(), r_max,
                                          keep_S ? S_got.data() : nullptr, y_got.data(), layout, nullptr, adds};
     if (adamss_cpu_forward(&forward) != (whole || few_whole ? ADAMSS_WHOLE : ADAMSS_UPDATE)) std::abort();
@@ -228,7 +231,7 @@ void one_case() {
                     if (projection) {
                         along = P(m, r), size = std::abs(along);
                     } else {
-                        along = has_bias ? a(0, r) : 0, size = std::abs(along);
+                        along = has_a ? a(0, r) : 0, size = std::abs(along);
                         for (int64_t d = 0; d < D; ++d) along += x(m, d) * A(r, d), size += std::abs(x(m, d) * A(r, d));
                     }
                     dB[p * R + r] += dS[m * rho + p] * along;
@@ -255,9 +258,9 @@ void one_case() {
     Matrix<X> dx_got(M, D, D, false), W_got(N, D, D, false);
     Matrix<T> dB_got(rho, R, R, false), dC_got(N, r_max, r_max, false);
     const adamss_backward_args backward = {
-        dtype, M, D, R, dy.data(), dy.stride, projection ? nullptr : x.data(), x.stride,
-        projection ? P.data() : nullptr, P.stride, S_in.data(), whole || updates_W ? W.data() : nullptr, W.stride,
-        A_given, A_is_bfloat16, has_bias ? a.data() : nullptr, B.data(), C.data(), r_max,
+        dtype, M, D, R, dy.data(), dy.stride, projection || !has_A ? nullptr : x.data(), x.stride,
+        projection ? P.data() : !has_A ? x.data() : nullptr, projection ? P.stride : x.stride, S_in.data(), whole || updates_W ? W.data() : nullptr, W.stride,
+        A_given, A_is_bfloat16, has_a ? a.data() : nullptr, B.data(), C.data(), r_max,
         need_dx && !updates_W ? dx_got.data() : nullptr, updates_W ? W_got.data() : nullptr,
         need_dB ? dB_got.data() : nullptr, need_dC ? dC_got.data() : nullptr, layout};
     if (adamss_cpu_backward(&backward) != (whole ? ADAMSS_WHOLE : ADAMSS_UPDATE)) std::abort();

@@ -55,7 +55,7 @@ struct adamss_backward_args {
     int64_t stride_dym;
     const void* x;  // (M, D) for dB, or null
     int64_t stride_xm;
-    const void* P;  // (M, R) instead of x, or null
+    const void* P;  // (M, R) instead of x, or null; without A it is x
     int64_t stride_pm;
     const void* S;  // (M, RHO) for dC
     const void* W;  // (N, D), dtype of x
