@@ -88,7 +88,8 @@ def mixed_table(rows: Rows) -> list[str]:
 
 def _mixed_case(row: dict[str, Any]) -> str:
     case = row["case"]
-    return f"D=N={case['D']}, {case['rows']} x {case['tokens']}, {case['adapters']} of r={case['r']}"
+    word = f"D=N={case['D']}, {case['rows']} x {case['tokens']}, {case['adapters']} of r={case['r']}"
+    return word if _dtype(row) == "float32" else f"{word}, {_dtype(row)}"
 
 
 def bases_table(rows: Rows) -> list[str]:

@@ -259,7 +259,8 @@ void one_case() {
     Matrix<T> dB_got(rho, R, R, false), dC_got(N, r_max, r_max, false);
     const adamss_backward_args backward = {
         dtype, M, D, R, dy.data(), dy.stride, projection || !has_A ? nullptr : x.data(), x.stride,
-        projection ? P.data() : !has_A ? x.data() : nullptr, projection ? P.stride : x.stride, S_in.data(), whole || updates_W ? W.data() : nullptr, W.stride,
+        projection ? P.data() : !has_A ? x.data() : nullptr, projection ? P.stride : x.stride, S_in.data(),
+        whole || updates_W ? W.data() : nullptr, W.stride,
         A_given, A_is_bfloat16, has_a ? a.data() : nullptr, B.data(), C.data(), r_max,
         need_dx && !updates_W ? dx_got.data() : nullptr, updates_W ? W_got.data() : nullptr,
         need_dB ? dB_got.data() : nullptr, need_dC ? dC_got.data() : nullptr, layout};
