@@ -27,8 +27,6 @@ struct Meeting {
     static Register of(const From* p) {
         return load_as<T>(p);
     }
-    static vec<T> add(vec<T> total, Register x, Register row) { return total + x * row; }
-    static void convert(const E* from, T* to, int64_t n) { to_arithmetic(from, to, n); }
 };
 
 #if defined(__AVX512BF16__)
@@ -36,13 +34,10 @@ struct Meeting {
 template <>
 struct Meeting<float, bfloat16> {
     using Element = bfloat16;
-    using Register = __m512bh;
+    using Register = vec<Halves>;
     static constexpr int width = 32;
 
     static Register of(const bfloat16* p) { return (Register)_mm512_loadu_si512(p); }
-    static vec<float> add(vec<float> total, Register x, Register row) {
-        return (vec<float>)_mm512_dpbf16_ps((__m512)total, x, row);
-    }
 };
 #endif
 
@@ -111,7 +106,7 @@ void meet_tile(int64_t D, const typename Meeting<T, E>::Element* x, const E* row
         ADAMSS_UNROLL for (int p = 0; p < P && M > 2; ++p) __builtin_prefetch(rows + (P + p) * stride_row + d, 0, 3);
         ADAMSS_UNROLL for (int m = 0; m < M; ++m) {
             const typename By::Register x_d = By::of(x + m * W);
-            ADAMSS_UNROLL for (int p = 0; p < P; ++p) total[m * P + p] = By::add(total[m * P + p], x_d, row_d[p]);
+            ADAMSS_UNROLL for (int p = 0; p < P; ++p) total[m * P + p] = multiply_add(total[m * P + p], x_d, row_d[p]);
         }
         x += M * W;
     };
